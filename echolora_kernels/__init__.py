@@ -1,0 +1,37 @@
+"""Echo-LoRA, LoRA and DoRA training: reference layers, the method, and the operators behind them.
+
+Importing this package needs torch alone.
+"""
+
+from . import functional, losses, reference
+from .errors import (
+    AdapterMismatch,
+    BackendUnavailable,
+    CheckpointError,
+    DataError,
+    EchoLoRAError,
+    NonFiniteLoss,
+)
+from .layers import EchoLoRALinear, EchoNetwork
+from .method import EchoConfig, EchoLoRA, EchoLoRAOutput
+from .ops.echo_lora_linear import Echo
+from .version import __version__
+
+__all__ = [
+    "AdapterMismatch",
+    "BackendUnavailable",
+    "CheckpointError",
+    "DataError",
+    "Echo",
+    "EchoConfig",
+    "EchoLoRA",
+    "EchoLoRAError",
+    "EchoLoRALinear",
+    "EchoLoRAOutput",
+    "EchoNetwork",
+    "NonFiniteLoss",
+    "__version__",
+    "functional",
+    "losses",
+    "reference",
+]

@@ -1,0 +1,28 @@
+"""The commands."""
+
+from __future__ import annotations
+
+import typer
+
+from .. import __version__
+from .train import train
+
+app = typer.Typer(
+    help="Fine-tune language models with Echo-LoRA, LoRA and DoRA.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+app.command(name="train", no_args_is_help=True)(train)

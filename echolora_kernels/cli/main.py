@@ -1,0 +1,30 @@
+"""Entry point of `echolora`: commands, and errors in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run the command line; exit status 1 for errors a user can mend, 130 when interrupted."""
+    try:
+        import typer
+
+        from .app import app
+    except ImportError as error:
+        sys.exit(f"echolora: {error.name or error} is missing; pip install 'echolora-kernels[train]'")
+    debug = "--debug" in sys.argv or bool(os.environ.get("ECHOLORA_DEBUG"))
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        typer.main.get_command(app)(args=arguments, prog_name="echolora")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(f"echolora: {_one_line(error)} (--debug shows where)")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

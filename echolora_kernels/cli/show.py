@@ -1,0 +1,81 @@
+"""What a run looks like in a terminal, and in a log file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..training.loop import StepRecord
+
+_LINES = 20  # lines that a whole run prints where there is no terminal to draw a bar on
+
+
+class RunDisplay:
+    """Progress bars on standard error, so that standard output stays free for results."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+
+    def stage(self, text: str) -> None:
+        self._console.print(f"[dim]{text}[/dim]", highlight=False)
+
+    @contextmanager
+    def batches(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
+        with self._bar() as bar:
+            task = bar.add_task(text, total=total)
+            yield lambda done: bar.update(task, completed=done)
+        if not self._console.is_terminal:
+            self._console.print(f"{text}: {total} questions", highlight=False)
+
+    def training(self, records: Iterator[StepRecord], total: int, done: int) -> Iterable[StepRecord]:
+        if done:
+            self.stage(f"resuming after step {done}")
+        every = max(total // _LINES, 1)
+        with self._bar("{task.fields[text]}") as bar:
+            task = bar.add_task("training", total=total, completed=done, text="")
+            for record in records:
+                bar.update(task, completed=record.step, text=_describe(record))
+                if not self._console.is_terminal and (record.step % every == 0 or record.step == total):
+                    line = f"step {record.step}/{total}  {_describe(record)}"
+                    self._console.print(line, highlight=False, soft_wrap=True)
+                yield record
+
+    def _bar(self, *fields: str) -> Progress:
+        columns = [TextColumn("{task.description:<16}"), BarColumn(bar_width=24), MofNCompleteColumn()]
+        columns += [TextColumn(field) for field in fields]
+        return Progress(*columns, TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal)
+
+
+def _describe(record: StepRecord) -> str:
+    text = f"off {record.loss_off:.3f}"
+    if record.loss_on is not None:
+        text += f"  on {record.loss_on:.3f}  kd {record.loss_kd:.1e}"
+    if record.echo_probability:
+        text += f"  {'routed' if record.routed else 'plain '} (p {record.echo_probability:.2f})"
+    return text + f"  {record.tokens / record.seconds:.0f} tok/s"
+
+
+def print_summary(metrics: dict[str, Any], output: Path) -> None:
+    """The figures of a finished run as a table on standard output."""
+    settings = metrics["settings"]
+    table = Table(title=f"{settings['method']} on {settings['data']}", title_justify="left", show_header=False)
+    rows = {
+        "exact match before": f"{metrics['accuracy_before']:.1%} of {metrics['held_out_questions']}",
+        "exact match after": f"{metrics['accuracy_after']:.1%} of {metrics['held_out_questions']}",
+        "loss of the deployed branch": f"{metrics['final_loss_off']:.3f} nats a token (last 10 steps)",
+        "seconds a step (median)": f"{metrics['seconds_per_step']:.2f}",
+        "tokens a second": f"{metrics['tokens_per_second']:.0f}",
+        "steps with echo": f"{metrics['routed_steps']} of {settings['steps']}",
+        "reloaded by stock PEFT": f"largest logit difference {metrics['reload_max_abs_logit_difference']:g}",
+        "adapter": str(output / "adapter"),
+        "plot": str(output / "loss.png"),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)

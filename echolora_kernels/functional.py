@@ -1,0 +1,89 @@
+"""The operators as functions: arguments in, backend chosen, result out. Nothing is kept between calls."""
+
+from __future__ import annotations
+
+import torch
+
+from . import backends
+from .ops.echo_lora_linear import Echo
+
+__all__ = ["echo_lora_linear", "echo_network"]
+
+
+def echo_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    *,
+    dropout_p: float = 0.0,
+    magnitude: torch.Tensor | None = None,
+    echo: Echo | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Linear layer with a LoRA or DoRA update and an optional echo.
+
+    With ``x~ = drop(x)`` and ``E = mask * delta`` (zero where no echo is given)::
+
+        LoRA, site "output"         y = W0 x + bias + s B A x~ + E
+        LoRA, site "adapter_input"  y = W0 x + bias + s B A (x~ + E)
+        LoRA, site "rank"           y = W0 x + bias + s B (A x~ + E)
+        DoRA                        y = W0 x + (g - 1) W0 x~ + g s B(...) + bias [+ E at site "output"]
+                                    g = magnitude / sg(|| W0 + s B A ||_row)
+
+    Without dropout the DoRA line is ``g (W0 x + s B A x) + bias``; with it, it is what PEFT computes.
+    Source: METHOD.md "LoRA, ON" (R) and "DoRA, ON" (O).
+
+    Args:
+        x: [..., d_in], dtype of weight (any floating dtype under autocast); [N, T, d_in] when echo is given.
+        weight: W0, [d_out, d_in], floating.
+        bias: [d_out] or None.
+        lora_a: A, [r, d_in], floating; may be wider than x (float32 adapters on a bfloat16 layer).
+        lora_b: B, [d_out, r], dtype of lora_a.
+        scaling: s, dimensionless; alpha / r, or alpha / sqrt(r) with rsLoRA.
+        dropout_p: probability in [0, 1) that an element of x is dropped before A; drawn from torch's generator.
+        magnitude: DoRA's w, [d_out], or None for LoRA.
+        echo: `Echo(delta [N, width of the site], mask [N, T], site)`, or None.
+        backend: None chooses, a name insists.
+
+    Returns:
+        y, [..., d_out], in the dtype of the base product.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        BackendUnavailable: `backend` names one that cannot run here.
+    """
+    implementation = backends.choose("echo_lora_linear", backend)
+    return implementation(x, weight, bias, lora_a, lora_b, scaling, dropout_p=dropout_p, magnitude=magnitude, echo=echo)
+
+
+def echo_network(
+    u: torch.Tensor,
+    proj_down: torch.Tensor,
+    proj_up: torch.Tensor,
+    gate_down: torch.Tensor,
+    gate_up: torch.Tensor,
+    gate_bias: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """The echo vectors of one module.
+
+    ``Delta = lambda * sigmoid(U2 tanh(U1 u) + c) * (W2 tanh(W1 u))``; METHOD.md "projection", "gate", "echo" (R).
+
+    Args:
+        u: [N, d], normalised boundary states, floating.
+        proj_down, gate_down: W1, U1, [m, d].
+        proj_up, gate_up: W2, U2, [width, m].
+        gate_bias: c, [width].
+        scale: lambda, a scalar tensor.
+        backend: None chooses, a name insists.
+
+    Returns:
+        Delta, [N, width].
+    """
+    implementation = backends.choose("echo_network", backend)
+    return implementation(u, proj_down, proj_up, gate_down, gate_up, gate_bias, scale)

@@ -1,0 +1,100 @@
+"""The adapted linears of a model, whichever library made them, behind one small interface."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers.linear import EchoLoRALinear
+from ..ops.echo_lora_linear import Echo
+
+ReadEcho = Callable[[], Echo | None]
+
+
+class AdaptedLinear(ABC):
+    """One linear with an adapter that can receive an echo.
+
+    Attributes:
+        name: its name in the model. module: the module itself.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+
+    @abstractmethod
+    def width(self, site: str) -> int:
+        """Width of the echo at `site`; raises ValueError where the adapter cannot take one there."""
+
+    @abstractmethod
+    def why_inactive(self) -> str | None:
+        """Why the adapter does not take part in the forward pass at the moment, or None."""
+
+    @abstractmethod
+    def gain(self) -> torch.Tensor | None:
+        """DoRA's factor on each output, [d_out]; None without DoRA."""
+
+    @abstractmethod
+    def install(self, read: ReadEcho) -> Any:
+        """Make every forward pass of the module ask `read()` for its echo; returns a handle with `remove()`."""
+
+    def where(self) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype of the trainable adapter parameters."""
+        parameter = (
+            next(iter(self.module.lora_A.parameters()))
+            if isinstance(self.module.lora_A, nn.Module)
+            else self.module.lora_A
+        )
+        return parameter.device, parameter.dtype
+
+
+class NativeAdapter(AdaptedLinear):
+    """An `EchoLoRALinear`: the echo goes into its forward."""
+
+    module: EchoLoRALinear
+
+    def width(self, site: str) -> int:
+        layer = self.module
+        return {"output": layer.out_features, "adapter_input": layer.in_features, "rank": layer.r}[site]
+
+    def why_inactive(self) -> str | None:
+        return "it is merged" if self.module.merged else None
+
+    def gain(self) -> torch.Tensor | None:
+        return self.module.gain()
+
+    def install(self, read: ReadEcho) -> Any:
+        def pass_echo(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            echo = read()
+            if echo is None:
+                return None
+            x = args[0] if args else kwargs["x"]
+            check_positions(self.name, x, echo)
+            return args, {**kwargs, "echo": echo}
+
+        return self.module.register_forward_pre_hook(pass_echo, with_kwargs=True)
+
+
+def adapted_linears(model: nn.Module) -> list[AdaptedLinear]:
+    """Every adapted linear of `model`: `EchoLoRALinear` modules and the linear LoRA layers of PEFT."""
+    found: list[AdaptedLinear] = [
+        NativeAdapter(name, module) for name, module in model.named_modules() if isinstance(module, EchoLoRALinear)
+    ]
+    if "peft" in sys.modules:  # a model with PEFT layers cannot exist before PEFT is imported
+        from .peft import peft_adapters
+
+        found += peft_adapters(model)
+    return found
+
+
+def check_positions(name: str, tensor: torch.Tensor, echo: Echo) -> None:
+    """Raise unless `tensor` is [N, T, ...] over the same samples and positions as the echo's mask."""
+    if tensor.ndim != 3 or tensor.shape[:2] != echo.mask.shape:
+        raise ValueError(
+            f"{name}: got activations of shape {tuple(tensor.shape)}, wants [{echo.mask.shape[0]}, "
+            f"{echo.mask.shape[1]}, width] as the batch; leave it out of target_modules"
+        )

@@ -1,0 +1,150 @@
+"""PEFT's LoRA and DoRA linears as echo targets; saving and loading of ordinary PEFT adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import layer as lora_layers
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.integrations import dequantize_module_weight
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ..errors import AdapterMismatch
+from ..ops.dora_norm.reference import dora_gain
+from ..ops.echo_lora_linear import Echo
+from .adapters import AdaptedLinear, ReadEcho, check_positions
+
+_NOT_LINEAR = (lora_layers.Embedding, lora_layers._ConvNd)
+
+
+def peft_adapters(model: nn.Module) -> list[AdaptedLinear]:
+    """The LoRA and DoRA layers of PEFT in `model` that wrap a linear."""
+    return [
+        PeftAdapter(name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and isinstance(module, nn.Module) and not isinstance(module, _NOT_LINEAR)
+    ]
+
+
+class PeftAdapter(AdaptedLinear):
+    """A LoRA layer of PEFT. The echo is added to its output, whatever the site.
+
+    The update is linear in its input, so an echo inside it is an echo behind it:
+    ``s B A (x + M Delta) = s B A x + M (s B A Delta)``, and with DoRA the gain multiplies both. Only [N, width]
+    vectors are transformed, and A, B and the magnitude get their gradient through them.
+    """
+
+    def width(self, site: str) -> int:
+        module = self.module
+        if site == "output":
+            return module.out_features
+        adapter = self._only_adapter(site)
+        return module.in_features if site == "adapter_input" else module.r[adapter]
+
+    def why_inactive(self) -> str | None:
+        if self.module.disable_adapters:
+            return "its adapters are disabled"
+        if self.module.merged:
+            return "its adapters are merged"
+        if not self._active():
+            return f"none of its adapters is active (active: {self.module.active_adapters})"
+        return None
+
+    def gain(self) -> torch.Tensor | None:
+        adapter = self._only_adapter("gain")
+        if adapter not in self.module.lora_variant:
+            return None
+        module = self.module
+        return dora_gain(
+            dequantize_module_weight(module.get_base_layer()),
+            module.lora_A[adapter].weight,
+            module.lora_B[adapter].weight,
+            module.scaling[adapter],
+            module.lora_magnitude_vector[adapter].weight,
+        )
+
+    def install(self, read: ReadEcho) -> Any:
+        def add_echo(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+            echo = read()
+            if echo is None:
+                return None
+            check_positions(self.name, output, echo)
+            behind = Echo(self._behind(echo), echo.mask)
+            return (output + behind.spread()).to(output.dtype)
+
+        return self.module.register_forward_hook(add_echo)
+
+    def _behind(self, echo: Echo) -> torch.Tensor:
+        """The echo vectors as they arrive at the output: [N, d_out]."""
+        if echo.site == "output":
+            return echo.delta
+        adapter = self._only_adapter(echo.site)
+        module, delta = self.module, echo.delta
+        if echo.site == "adapter_input":
+            delta = F.linear(delta.to(module.lora_A[adapter].weight.dtype), module.lora_A[adapter].weight)
+        delta = F.linear(delta.to(module.lora_B[adapter].weight.dtype), module.lora_B[adapter].weight)
+        delta = delta * module.scaling[adapter]
+        gain = self.gain()
+        return delta if gain is None else gain * delta
+
+    def _active(self) -> list[str]:
+        return [adapter for adapter in self.module.active_adapters if adapter in self.module.lora_A]
+
+    def _only_adapter(self, purpose: str) -> str:
+        active = self._active()
+        if len(active) != 1:
+            raise ValueError(f"{self.name}: got active adapters {active}, wants exactly one for {purpose!r}")
+        variant = self.module.lora_variant.get(active[0])
+        if variant is not None and not isinstance(variant, DoraLinearVariant):
+            raise ValueError(
+                f"{self.name}: got the PEFT variant {type(variant).__name__}, wants plain LoRA or DoRA for {purpose!r}"
+            )
+        return active[0]
+
+
+def load_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+    """Load a saved adapter's weights into `model`, all of them or none.
+
+    Args:
+        model: a PeftModel whose adapter has the same configuration as the saved one.
+        folder: holds adapter_model.safetensors; pickled files are never read.
+        adapter_name: which of the model's adapters receives the weights.
+
+    Raises:
+        FileNotFoundError: there is no safetensors file.
+        AdapterMismatch: a key is missing or unexpected or has another shape, or the file is damaged; keys are listed
+            and nothing is changed.
+    """
+    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; only safetensors adapters are read")
+    try:
+        saved = load_file(path)
+    except SafetensorError as error:
+        raise AdapterMismatch(f"{path}: damaged safetensors file ({error})") from error
+    check_keys(path, saved, get_peft_model_state_dict(model, adapter_name=adapter_name))
+    set_peft_model_state_dict(model, saved, adapter_name=adapter_name)
+
+
+def check_keys(path: Path, saved: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Raise AdapterMismatch, listing the keys, unless both hold the same keys with the same shapes."""
+    problems = {
+        "missing": sorted(wanted.keys() - saved.keys()),
+        "unexpected": sorted(saved.keys() - wanted.keys()),
+        "other shape": [
+            f"{key} {tuple(saved[key].shape)} instead of {tuple(wanted[key].shape)}"
+            for key in sorted(saved.keys() & wanted.keys())
+            if saved[key].shape != wanted[key].shape
+        ],
+    }
+    listed = [f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
+    if listed:
+        raise AdapterMismatch(f"{path}: does not fit the model; " + "; ".join(listed))

@@ -1,0 +1,262 @@
+"""`EchoLoRA`: the wrapper that turns a causal language model with adapters into one that trains with the echo."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import EchoLoRAError
+from ..integrations.adapters import AdaptedLinear, adapted_linears
+from ..integrations.blocks import decoder_blocks
+from ..layers.network import EchoNetwork
+from .config import EchoConfig
+from .inject import Injector
+from .output import EchoLoRAOutput
+from .route import echo_probability, routed
+from .two_pass import two_pass_step
+
+
+class EchoLoRA(nn.Module):
+    """A causal language model that trains with the echo and is the plain model otherwise.
+
+    ``L = L_off + r_k (L_on + lambda_kd L_kd)``; METHOD.md "Forward" and "Loss".
+
+    Args:
+        model: a causal LM whose linears are PEFT LoRA/DoRA layers or `EchoLoRALinear`. Its forward takes input_ids
+            [N, T] (and attention_mask [N, T]) and returns logits [N, T, V], or an output that has them.
+        config: the choices of the method.
+
+    Attributes:
+        echo_networks: ModuleDict of `EchoNetwork`, keyed by the name of the module each injects into, "." as "__".
+        echo_config: the configuration. source_layers, target_layers: S and G as block numbers.
+        step: k, optimizer steps taken so far; saved in the state dict.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: layers out of range or order; no adapter in the model, or none in the target layers.
+    """
+
+    def __init__(self, model: nn.Module, config: EchoConfig) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}, wants a torch.nn.Module")
+        if isinstance(model, EchoLoRA):
+            raise TypeError("model: got an EchoLoRA, wants the plain model; call remove() on it first")
+        if not isinstance(config, EchoConfig):
+            raise TypeError(f"config: got {type(config).__name__}, wants an EchoConfig")
+        if config.step_mode == "shared":
+            raise ValueError("step_mode: got 'shared', which is not implemented yet; wants 'auto' or 'two-pass'")
+        blocks_name, blocks = decoder_blocks(model)
+        self.source_layers, self.target_layers = config.layers(len(blocks))
+        targets = _find_targets(model, config, blocks_name, self.target_layers)
+        networks = {key: _network_for(target, config, _hidden_width(model, target)) for key, target in targets.items()}
+
+        # nothing of the model has been touched up to here
+        self.model, self.echo_config, self.step = model, config, 0
+        self.echo_networks = nn.ModuleDict(networks)
+        self.targets: dict[str, AdaptedLinear] = targets
+        self.source_blocks = [blocks[layer] for layer in self.source_layers]
+        self.injector = Injector(targets, [blocks[layer] for layer in self.target_layers])
+        self._echo_off = self._removed = self._warned_unsupervised = self._warned_skipped = False
+        self.train(model.training)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One training step's losses; in eval mode or under `echo_off()`, the plain model's own output.
+
+        Args:
+            input_ids: [N, T], int64.
+            attention_mask: [N, T], nonzero where a position is real; None means everywhere.
+            labels: [N, T], int64, -100 off the answer; the model shifts them.
+            num_items_in_batch: supervised tokens of the whole optimizer step, to divide by under gradient
+                accumulation; None means those of this batch.
+            **kwargs: passed on to the model.
+
+        Returns:
+            `EchoLoRAOutput`.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+            RuntimeError: after `remove()`, or while a target's adapter is disabled or merged.
+        """
+        if self._removed:
+            raise RuntimeError("this EchoLoRA was removed; use the model that remove() returned")
+        if not self.training or self._echo_off:
+            if labels is not None:
+                kwargs["labels"] = labels
+            if num_items_in_batch is not None:
+                kwargs["num_items_in_batch"] = num_items_in_batch
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+        _check_batch(input_ids, attention_mask, labels)
+        self._check_active()
+        if getattr(getattr(self.model, "config", None), "use_cache", None) is not None:
+            kwargs.setdefault("use_cache", False)
+
+        def run_model() -> torch.Tensor:
+            return _logits(self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs))
+
+        losses, logits, skipped = two_pass_step(self, run_model, labels, attention_mask, num_items_in_batch)
+        self._report_skipped(skipped, len(labels))
+        return EchoLoRAOutput(
+            loss=losses.loss,
+            loss_off=losses.loss_off.detach(),
+            loss_on=None if losses.loss_on is None else losses.loss_on.detach(),
+            loss_kd=None if losses.loss_kd is None else losses.loss_kd.detach(),
+            routed=self.routed,
+            logits=logits.detach(),
+            skipped_samples=skipped,
+        )
+
+    @property
+    def routed(self) -> bool:
+        """r_k of the current optimizer step."""
+        return routed(self.echo_config, self.step)
+
+    @property
+    def echo_probability(self) -> float:
+        """p_k of the current optimizer step."""
+        return echo_probability(self.echo_config, self.step)
+
+    def advance(self) -> None:
+        """Move the routing schedule one optimizer step; call it after `optimizer.step()`."""
+        self.step += 1
+
+    @contextmanager
+    def echo_off(self) -> Iterator[EchoLoRA]:
+        """Inside, this is the plain model, also in training mode."""
+        before, self._echo_off = self._echo_off, True
+        try:
+            yield self
+        finally:
+            self._echo_off = before
+
+    def remove(self) -> nn.Module:
+        """Take the echo path out and give the plain model back; the wrapper cannot be used afterwards."""
+        self.injector.remove()
+        self._removed = True
+        return self.model
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor(self.step)  # a tensor, so that safetensors can hold the state dict
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.step = int(state)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not set yet: looking further would recurse
+                raise
+            return getattr(self.model, name)  # config, generate, device, ...: as on the plain model
+
+    def _check_active(self) -> None:
+        for target in self.targets.values():
+            reason = target.why_inactive()
+            if reason:
+                raise RuntimeError(f"{target.name}: cannot train with the echo while {reason}")
+
+    def _report_skipped(self, skipped: int, samples: int) -> None:
+        if skipped == samples and not self._warned_unsupervised:
+            self._warned_unsupervised = True
+            warnings.warn("labels: no supervised token in the whole batch; its loss is 0", stacklevel=3)
+        elif 0 < skipped < samples and not self._warned_skipped:
+            self._warned_skipped = True
+            warnings.warn(
+                f"labels: {skipped} of {samples} samples have no supervised token and are skipped; "
+                "`skipped_samples` of every output counts them",
+                stacklevel=3,
+            )
+
+
+def _find_targets(
+    model: nn.Module, config: EchoConfig, blocks_name: str, target_layers: tuple[int, ...]
+) -> dict[str, AdaptedLinear]:
+    adapters = adapted_linears(model)
+    if not adapters:
+        raise ValueError(
+            "model: got no adapted linear, wants PEFT LoRA/DoRA layers or EchoLoRALinear modules "
+            "(for instance from peft.get_peft_model)"
+        )
+    prefixes = tuple(f"{blocks_name}.{layer}." for layer in target_layers)
+    inside = [adapter for adapter in adapters if adapter.name.startswith(prefixes)]
+    if not inside:
+        raise ValueError(
+            f"target_layers: got {list(target_layers)}, none of which has an adapted linear; "
+            f"{len(adapters)} are elsewhere, the first at {adapters[0].name}"
+        )
+    if config.target_modules is None:
+        chosen = inside
+    else:
+        names = {adapter.name.rpartition(".")[2] for adapter in inside}
+        unknown = [name for name in config.target_modules if name not in names]
+        if unknown:
+            raise ValueError(f"target_modules: got {unknown}, wants names among the adapted linears {sorted(names)}")
+        chosen = [adapter for adapter in inside if adapter.name.rpartition(".")[2] in config.target_modules]
+    return {adapter.name.replace(".", "__"): adapter for adapter in chosen}
+
+
+def _network_for(target: AdaptedLinear, config: EchoConfig, width: int) -> EchoNetwork:
+    device, dtype = target.where()
+    return EchoNetwork(
+        width,
+        target.width(config.site),
+        config.bottleneck,
+        gate_bias=config.gate_bias,
+        scale=config.scale,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _hidden_width(model: nn.Module, target: AdaptedLinear) -> int:
+    """d, the width of block outputs."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    width = getattr(config, "hidden_size", None)
+    if width is not None:
+        return width
+    embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    if embedding is None:
+        raise EchoLoRAError("model: the width of its blocks is unknown; give it a `config` with `hidden_size`")
+    return embedding.embedding_dim
+
+
+def _check_batch(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None) -> None:
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        got = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids: got {got}, wants an integer tensor [N, T]")
+    if labels is None:
+        raise ValueError("labels: got None, wants [N, T] while training; call eval() or use echo_off() without them")
+    for name, tensor in (("labels", labels), ("attention_mask", attention_mask)):
+        if tensor is None:
+            continue
+        if tensor.shape != input_ids.shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wants {tuple(input_ids.shape)} as input_ids")
+        if tensor.device != input_ids.device:
+            raise ValueError(f"{name}: got device {tensor.device}, wants {input_ids.device} as input_ids")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels: got dtype {labels.dtype}, wants torch.int64")
+
+
+def _logits(output: Any) -> torch.Tensor:
+    if isinstance(output, torch.Tensor):
+        return output
+    logits = output["logits"] if isinstance(output, dict) else getattr(output, "logits", None)
+    if logits is None:
+        raise TypeError(f"model: its forward returned {type(output).__name__}, wants logits or an output with `logits`")
+    return logits

@@ -1,0 +1,5 @@
+"""Linear layer + LoRA/DoRA update + echo injection: y = W0 x + bias + s B A drop(x) + M Delta."""
+
+from .echo import SITES, Echo
+
+__all__ = ["SITES", "Echo"]

@@ -1,0 +1,67 @@
+"""Argument checks of `echo_lora_linear`, shared by every backend."""
+
+from __future__ import annotations
+
+import torch
+
+from .echo import Echo
+
+
+def check_arguments(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    dropout_p: float,
+    magnitude: torch.Tensor | None,
+    echo: Echo | None,
+) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless everything fits together."""
+    _want_ndim("weight", weight, 2)
+    d_out, d_in = weight.shape
+    if x.ndim < 1 or x.shape[-1] != d_in:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wants [..., {d_in}], the d_in of weight")
+    _want_ndim("lora_a", lora_a, 2)
+    rank = lora_a.shape[0]
+    if rank <= 0:
+        raise ValueError(f"lora_a: got rank {rank}, wants at least 1")
+    _want_shape("lora_a", lora_a, (rank, d_in))
+    _want_shape("lora_b", lora_b, (d_out, rank))
+    if lora_b.dtype != lora_a.dtype:
+        raise TypeError(f"lora_b: got dtype {lora_b.dtype}, wants {lora_a.dtype} as lora_a")
+    if bias is not None:
+        _want_shape("bias", bias, (d_out,))
+    if magnitude is not None:
+        _want_shape("magnitude", magnitude, (d_out,))
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: got {dropout_p}, wants 0 <= dropout_p < 1")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x: got dtype {x.dtype}, wants {weight.dtype} as weight (or autocast)")
+    others = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b, "magnitude": magnitude}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: got device {tensor.device}, wants {x.device} as x")
+    if echo is not None:
+        _check_echo(x, echo, {"output": d_out, "adapter_input": d_in, "rank": rank}[echo.site])
+
+
+def _check_echo(x: torch.Tensor, echo: Echo, width: int) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wants [n_samples, T, d_in] when an echo is given")
+    if tuple(echo.mask.shape) != tuple(x.shape[:2]):
+        raise ValueError(f"echo.mask: got shape {tuple(echo.mask.shape)}, wants {tuple(x.shape[:2])} as x")
+    if echo.delta.shape[1] != width:
+        raise ValueError(f"echo.delta: got width {echo.delta.shape[1]}, wants {width} for site {echo.site!r}")
+    if echo.delta.device != x.device:
+        raise ValueError(f"echo.delta: got device {echo.delta.device}, wants {x.device} as x")
+
+
+def _want_ndim(name: str, tensor: torch.Tensor, ndim: int) -> None:
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wants {ndim} dimensions")
+
+
+def _want_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wants {shape}")

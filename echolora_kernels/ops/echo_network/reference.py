@@ -1,0 +1,34 @@
+"""Plain PyTorch echo network."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def echo_network(
+    u: torch.Tensor,
+    proj_down: torch.Tensor,
+    proj_up: torch.Tensor,
+    gate_down: torch.Tensor,
+    gate_up: torch.Tensor,
+    gate_bias: torch.Tensor,
+    scale: torch.Tensor,
+) -> torch.Tensor:
+    """The echo vectors of one module.
+
+    ``Delta = lambda * sigmoid(U2 tanh(U1 u) + c) * (W2 tanh(W1 u))`` (METHOD.md "projection", "gate", "echo"; R)
+
+    Args:
+        u: [N, d], normalised boundary states.
+        proj_down, gate_down: W1, U1, [m, d].
+        proj_up, gate_up: W2, U2, [width, m].
+        gate_bias: c, [width].
+        scale: lambda, a scalar.
+
+    Returns:
+        Delta, [N, width].
+    """
+    projection = F.linear(torch.tanh(F.linear(u, proj_down)), proj_up)
+    gate = torch.sigmoid(F.linear(torch.tanh(F.linear(u, gate_down)), gate_up, gate_bias))
+    return scale * gate * projection

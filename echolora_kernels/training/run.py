@@ -1,0 +1,252 @@
+"""A whole run: load, evaluate, train, evaluate, export, verify, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import statistics
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from .. import __version__
+from ..errors import CheckpointError
+from ..integrations.transformers import load_model
+from ..method.model import EchoLoRA
+from .checkpoint import latest_checkpoint, read_state
+from .data import Question, collate, encode, load_questions
+from .evaluate import exact_match
+from .loop import StepRecord, Trainer
+from .plot import plot_losses
+from .settings import TrainSettings
+
+ADAPTER, CHECKPOINTS, METRICS, PLOT = "adapter", "checkpoints", "metrics.json", "loss.png"
+
+
+class Observer(Protocol):
+    """Shows a run to somebody."""
+
+    def stage(self, text: str) -> None:
+        """A new part of the work has begun."""
+
+    def batches(self, text: str, total: int) -> Any:
+        """A context manager that gives a function to call with how many of `total` are done."""
+
+    def training(self, records: Iterator[StepRecord], total: int, done: int) -> Iterable[StepRecord]:
+        """Pass the records through, showing them."""
+
+
+def train(
+    settings: TrainSettings,
+    output: str | Path,
+    observer: Observer,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    save_every: int = 25,
+    keep: int = 2,
+    eval_batch_size: int = 20,
+    max_new_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Fine-tune, and write an ordinary PEFT adapter, metrics.json and loss.png into `output`.
+
+    Args:
+        settings: what to compute.
+        output: a folder. observer: told about the progress.
+        resume: go on from the last checkpoint in `output`, if there is one; a finished run is only reported again.
+        overwrite: remove an earlier run in `output`.
+        save_every, keep: of the checkpoints. eval_batch_size, max_new_tokens: of the evaluation.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        FileExistsError: `output` holds a run, and neither resume nor overwrite is set.
+        CheckpointError: resuming with other settings; the message lists what differs.
+        NonFiniteLoss, DataError, OSError: as the parts say.
+    """
+    output = Path(output)
+    before = _prepare(output, settings, resume, overwrite)
+    if resume and (output / METRICS).is_file():
+        return json.loads((output / METRICS).read_text())
+    torch.manual_seed(settings.seed)
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, settings.dtype)
+
+    observer.stage(f"reading {settings.data}")
+    questions, held_out = load_questions(
+        settings.data,
+        settings.eval_data,
+        train_size=settings.train_size,
+        eval_size=settings.eval_size,
+        seed=settings.seed,
+    )
+    observer.stage(f"loading {settings.model}")
+    base, tokenizer = load_model(settings.model, dtype=dtype, device=device)
+    samples, too_long = encode(tokenizer, questions, settings.max_length)
+    if too_long:
+        observer.stage(f"left out {too_long} of {len(questions)} questions longer than {settings.max_length} tokens")
+
+    def accuracy(model: nn.Module, text: str) -> float:
+        with observer.batches(text, len(held_out)) as on_batch:
+            return exact_match(
+                model,
+                tokenizer,
+                held_out,
+                batch_size=eval_batch_size,
+                max_new_tokens=max_new_tokens,
+                on_batch=on_batch,
+            )[0]
+
+    if before is None:
+        before = accuracy(base, "accuracy before")
+    torch.manual_seed(settings.seed)  # whatever came before, the adapter starts from the same values
+    model = with_adapter(base, settings)
+    wrapped: nn.Module = EchoLoRA(model, settings.echo) if settings.uses_echo else model
+    trainer = Trainer(
+        wrapped,
+        samples,
+        tokenizer.pad_token_id,
+        settings,
+        output / CHECKPOINTS,
+        save_every=save_every,
+        keep=keep,
+        extra_state={"accuracy_before": before},
+    )
+    for _ in observer.training(trainer.steps(), settings.steps, trainer.step):
+        pass
+
+    if isinstance(wrapped, EchoLoRA):
+        wrapped.remove()
+    after = accuracy(model, "accuracy after")
+    observer.stage("writing the adapter and loading it back with PEFT")
+    save_adapter(model, output / ADAPTER)
+    difference = reload_difference(model, settings, output / ADAPTER, held_out, tokenizer, dtype, device)
+    plot_losses(trainer.history, f"{settings.method} on {Path(settings.data).stem}", output / PLOT)
+    metrics = _metrics(settings, trainer, before, after, difference, len(held_out), too_long)
+    write_json(output / METRICS, metrics)
+    return metrics
+
+
+def with_adapter(base: nn.Module, settings: TrainSettings) -> PeftModel:
+    """`base` with a fresh PEFT adapter on every target module."""
+    names = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    unknown = [name for name in settings.target_modules if name not in names]
+    if unknown:
+        raise ValueError(f"target_modules: got {unknown}, wants names among the model's linears {sorted(names)}")
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_dora=settings.uses_dora,
+        use_rslora=settings.rslora,
+        target_modules=list(settings.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    for adapter_config in model.peft_config.values():
+        adapter_config.base_model_name_or_path = settings.model
+    return model
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter beside and rename it into place, so that an earlier one survives a failure."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished, safe_serialization=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+@torch.no_grad()
+def reload_difference(
+    trained: nn.Module,
+    settings: TrainSettings,
+    adapter: Path,
+    questions: list[Question],
+    tokenizer: Any,
+    dtype: torch.dtype,
+    device: str,
+) -> float:
+    """Largest logit difference between the trained model and a fresh one with the saved adapter, by PEFT alone."""
+    samples, _ = encode(tokenizer, questions[:4], settings.max_length)
+    batch = {key: value.to(device) for key, value in collate(samples, tokenizer.pad_token_id).items()}
+    fresh = PeftModel.from_pretrained(load_model(settings.model, dtype=dtype, device=device)[0], str(adapter)).eval()
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    return float((trained.eval()(**inputs).logits - fresh(**inputs).logits).abs().max())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside and rename into place."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(value, indent=2) + "\n")
+    unfinished.replace(path)
+
+
+def _prepare(output: Path, settings: TrainSettings, resume: bool, overwrite: bool) -> float | None:
+    """Look at an earlier run in `output`; returns its accuracy before training if that can be carried on."""
+    checkpoint = latest_checkpoint(output / CHECKPOINTS)
+    occupied = [name for name in (METRICS, ADAPTER, CHECKPOINTS) if (output / name).exists()]
+    if overwrite:
+        for name in (ADAPTER, CHECKPOINTS):
+            shutil.rmtree(output / name, ignore_errors=True)
+        for name in (METRICS, PLOT):
+            (output / name).unlink(missing_ok=True)
+    elif occupied and not resume:
+        raise FileExistsError(
+            f"output: {output} already holds a run; give --resume to go on or --overwrite to discard it"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    if overwrite or checkpoint is None:
+        return None
+    state = read_state(checkpoint)
+    differing = _differences(state["settings"], settings.to_dict())
+    if differing:
+        raise CheckpointError(f"{checkpoint}: belongs to a run with other settings: " + "; ".join(differing))
+    return state["accuracy_before"]
+
+
+def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in sorted(saved.keys() | wanted.keys()):
+        old, new = saved.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name} was {old!r}, is {new!r}")
+    return found
+
+
+def _metrics(
+    settings: TrainSettings,
+    trainer: Trainer,
+    before: float,
+    after: float,
+    difference: float,
+    held_out: int,
+    too_long: int,
+) -> dict[str, Any]:
+    history = trainer.history
+    return {
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "held_out_questions": held_out,
+        "reload_max_abs_logit_difference": difference,
+        "seconds_per_step": statistics.median(record.seconds for record in history),
+        "tokens_per_second": sum(record.tokens for record in history) / sum(record.seconds for record in history),
+        "routed_steps": sum(record.routed for record in history),
+        "final_loss_off": statistics.fmean(record.loss_off for record in history[-10:]),
+        "trainable_parameters": sum(parameter.numel() for _, parameter in trainer.parameters),
+        "left_out_too_long": too_long,
+        "skipped_samples": sum(record.skipped_samples for record in history),
+        "versions": {"echolora_kernels": __version__, "torch": torch.__version__},
+        "settings": settings.to_dict(),
+        "history": [dataclasses.asdict(record) for record in history],
+    }
