@@ -55,7 +55,7 @@ def echo_lora_linear(
         TypeError, ValueError: an argument does not fit; the message names it.
         BackendUnavailable: `backend` names one that cannot run here.
     """
-    implementation = backends.choose("echo_lora_linear", backend)
+    implementation = backends.choose("echo_lora_linear", backend, x.device)
     return implementation(x, weight, bias, lora_a, lora_b, scaling, dropout_p=dropout_p, magnitude=magnitude, echo=echo)
 
 
@@ -85,5 +85,5 @@ def echo_network(
     Returns:
         Delta, [N, width].
     """
-    implementation = backends.choose("echo_network", backend)
+    implementation = backends.choose("echo_network", backend, u.device)
     return implementation(u, proj_down, proj_up, gate_down, gate_up, gate_bias, scale)

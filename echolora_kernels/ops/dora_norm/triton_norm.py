@@ -1,0 +1,137 @@
+"""D0: row norm of W0 + s B A, tile by tile, and the gain that follows from it; no [d_out, d_in] temporary."""
+
+# ruff: noqa: N803, SIM300  (compile-time constants are upper case, compared or passed)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..echo_lora_linear import configs
+from ..echo_lora_linear.configs import Tile
+from ..echo_lora_linear.launch import accumulator, accumulator_dtype, device_of, input_precision, run
+
+
+@triton.jit
+def dora_norm_fwd_kernel(
+    w,
+    a,
+    b,
+    magnitude,
+    norm,
+    gain,
+    N,
+    K,
+    R,
+    stride_w_n,
+    stride_w_k,
+    stride_a_r,
+    stride_a_k,
+    stride_b_n,
+    stride_b_r,
+    stride_magnitude,
+    SCALING: tl.constexpr,
+    FLOOR: tl.constexpr,
+    HAS_MAGNITUDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    RANK_STEPS: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    o_n = o_n.to(tl.int64)
+    p_w = w + o_n * stride_w_n
+    p_b = b + o_n * stride_b_n
+
+    b_squares = tl.zeros([BLOCK_N], ACC)
+    for i_k in range(0, K, BLOCK_K):
+        o_k = i_k + tl.arange(0, BLOCK_K)
+        m_k = o_k < K
+        o_k = o_k.to(tl.int64)
+        b_update = tl.zeros([BLOCK_N, BLOCK_K], ACC)
+        for i_step in tl.static_range(RANK_STEPS):
+            o_r = i_step * BLOCK_R + tl.arange(0, BLOCK_R)
+            m_r = o_r < R
+            o_r = o_r.to(tl.int64)
+            b_b = tl.load(p_b[:, None] + o_r[None, :] * stride_b_r, mask=m_n[:, None] & m_r[None, :], other=0.0)
+            p_a = a + o_r[:, None] * stride_a_r + o_k[None, :] * stride_a_k
+            b_a = tl.load(p_a, mask=m_r[:, None] & m_k[None, :], other=0.0)
+            if ACC == tl.float64:
+                b_a, b_b = b_a.to(ACC), b_b.to(ACC)
+            b_update = tl.dot(b_b, b_a, b_update, input_precision=PRECISION, out_dtype=ACC)
+        b_w = tl.load(p_w[:, None] + o_k[None, :] * stride_w_k, mask=m_n[:, None] & m_k[None, :], other=0.0)
+        b_sum = b_w.to(ACC) + b_update * SCALING
+        b_squares += tl.sum(b_sum * b_sum, 1)
+
+    b_norm = tl.sqrt(b_squares)
+    tl.store(norm + o_n, b_norm, mask=m_n)
+    if HAS_MAGNITUDE:
+        b_magnitude = tl.load(magnitude + o_n * stride_magnitude, mask=m_n, other=0.0).to(ACC)
+        # a row whose norm is zero has nothing to scale; its gain stays finite
+        tl.store(gain + o_n, b_magnitude / tl.maximum(b_norm, FLOOR), mask=m_n)
+
+
+@torch.no_grad()
+def dora_norm(
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    magnitude: torch.Tensor | None = None,
+    *,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``norm = || W0 + s B A ||_row`` and ``gain = magnitude / norm``, as constants, in one launch.
+
+    Args:
+        weight: W0, [N, K]. lora_a: A, [r, K]. lora_b: B, [N, r]. Any strides; A and B of one floating dtype.
+        scaling: s.
+        magnitude: [N] or None.
+        tile: launch config; None chooses.
+
+    Returns:
+        norm, and the gain where a magnitude is given: [N], float32, or float64 where an argument is.
+    """
+    d_out, d_in = weight.shape
+    rank = lora_a.shape[0]
+    block_r = configs.rank_step(rank)
+    wide = torch.promote_types(weight.dtype, lora_a.dtype)
+    tile = tile or configs.dora_norm_tile(wide, device_of(weight).arch)
+    norm = weight.new_empty((d_out,), dtype=accumulator_dtype(wide))
+    gain = None if magnitude is None else torch.empty_like(norm)
+    run(
+        dora_norm_fwd_kernel,
+        (-(-d_out // tile.rows),),
+        weight.device,
+        tile,
+        w=weight,
+        a=lora_a,
+        b=lora_b,
+        magnitude=magnitude,
+        norm=norm,
+        gain=gain,
+        N=d_out,
+        K=d_in,
+        R=rank,
+        stride_w_n=weight.stride(0),
+        stride_w_k=weight.stride(1),
+        stride_a_r=lora_a.stride(0),
+        stride_a_k=lora_a.stride(1),
+        stride_b_n=lora_b.stride(0),
+        stride_b_r=lora_b.stride(1),
+        stride_magnitude=0 if magnitude is None else magnitude.stride(0),
+        SCALING=float(scaling),
+        FLOOR=torch.finfo(norm.dtype).tiny,
+        HAS_MAGNITUDE=magnitude is not None,
+        BLOCK_N=tile.rows,
+        BLOCK_K=tile.inner,
+        BLOCK_R=block_r,
+        RANK_STEPS=-(-rank // block_r),
+        ACC=accumulator(wide),
+        PRECISION=input_precision(lora_a.dtype),
+    )
+    return norm, gain

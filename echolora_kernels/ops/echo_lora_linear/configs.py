@@ -1,0 +1,152 @@
+"""Launch configs of the Triton kernels: every tile that can ever be picked is in `TILES`, and the rules that pick.
+
+Nothing here touches a device: each choice is a pure function of shapes, dtype, architecture and processor count, so
+that it can be tested anywhere and every config can be compiled ahead for every architecture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# row tiles that walk the column tiles together, for the sake of the L2 cache
+GROUP = 8
+# the rank enters the matmul kernels in steps of at most this many columns
+MAX_RANK_STEP = 64
+MAX_RANK = 256
+# above this rank, partial sums of dS would move more bytes than a second read of dY
+ONE_PASS_RANK = 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one launch cuts its work: an output tile [rows, cols], contracted `inner` at a time.
+
+    Kernels whose output is as wide as the rank leave one side at 0.
+    """
+
+    rows: int
+    cols: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the rules need to know about a device: architecture ("sm_90", "gfx942", "cpu") and processor count."""
+
+    arch: str
+    processors: int
+
+
+def dtype_class(dtype: torch.dtype) -> str:
+    """ "half", "single" or "double": what sizes a tile."""
+    return {1: "half", 2: "half", 4: "single", 8: "double"}[dtype.itemsize]
+
+
+# (kernel, dtype class) -> tiles, each rule's choices in one place; see `candidates`.
+TILES: dict[tuple[str, str], dict[str, Tile]] = {
+    ("matmul", "half"): {
+        "wide": Tile(128, 256, 64, 8, 3),
+        "large": Tile(128, 128, 64, 8, 3),
+        "lean": Tile(128, 128, 32, 8, 3),
+        "small": Tile(64, 64, 32, 4, 3),
+    },
+    ("matmul", "single"): {"small": Tile(64, 64, 32, 8, 2)},
+    ("matmul", "double"): {"small": Tile(32, 32, 16, 4, 1)},
+    ("shrink", "half"): {"thin": Tile(64, 0, 64, 4, 3), "thick": Tile(64, 0, 32, 8, 2)},
+    ("shrink", "single"): {"thin": Tile(32, 0, 32, 4, 2), "thick": Tile(32, 0, 32, 8, 2)},
+    ("shrink", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
+    ("adapter_bwd", "half"): {"thin": Tile(128, 0, 64, 8, 2), "thick": Tile(64, 0, 32, 8, 2)},
+    ("adapter_bwd", "single"): {"thin": Tile(64, 0, 32, 8, 2), "thick": Tile(32, 0, 32, 8, 1)},
+    ("adapter_bwd", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
+    ("lora_a_bwd", "half"): {"thin": Tile(0, 128, 64, 4, 3), "thick": Tile(0, 64, 32, 8, 2)},
+    ("lora_a_bwd", "single"): {"thin": Tile(0, 32, 32, 4, 2), "thick": Tile(0, 32, 32, 8, 1)},
+    ("lora_a_bwd", "double"): {"thin": Tile(0, 16, 16, 4, 1), "thick": Tile(0, 16, 16, 4, 1)},
+    ("dora_norm", "half"): {"thin": Tile(32, 0, 64, 4, 2)},
+    ("dora_norm", "single"): {"thin": Tile(32, 0, 32, 4, 2)},
+    ("dora_norm", "double"): {"thin": Tile(16, 0, 16, 4, 1)},
+}
+
+# shared memory per block of at least 160 KB: room for the large pipelines
+ROOMY = ("sm_80", "sm_90", "sm_100", "sm_103")
+
+
+def candidates(kernel: str, dtype: torch.dtype, arch: str) -> dict[str, Tile]:
+    """Every tile that the rules below can pick for `kernel` on `arch`, by name."""
+    tiles = dict(TILES[kernel, dtype_class(dtype)])
+    if arch not in ROOMY:
+        tiles.pop("large", None)
+    else:
+        tiles.pop("lean", None)
+    if arch not in ("sm_90", "sm_100", "sm_103"):
+        tiles.pop("wide", None)
+    return tiles
+
+
+def rank_block(rank: int) -> int:
+    """Width of a block that holds a whole rank: a power of two, at least the 16 that matrix units need."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def rank_step(rank: int) -> int:
+    """Width of one step over the rank in the matmul kernels."""
+    return min(MAX_RANK_STEP, rank_block(rank))
+
+
+def matmul_tile(
+    rows: int, cols: int, dtype: torch.dtype, arch: str, processors: int, two_products: bool = False
+) -> Tile:
+    """Tile of F2 and B3 for an output [rows, cols].
+
+    The largest tile that still gives every processor work; `two_products` keeps two accumulators, so no "wide" one.
+    """
+    tiles = candidates("matmul", dtype, arch)
+    if two_products:
+        tiles.pop("wide", None)
+    for tile in tiles.values():
+        if -(-rows // tile.rows) * -(-cols // tile.cols) >= processors:
+            return tile
+    return tiles["small"]
+
+
+def shrink_tile(block_r: int, dtype: torch.dtype, arch: str) -> Tile:
+    """Tile of F1 for a padded rank."""
+    return _by_rank("shrink", block_r, dtype, arch)
+
+
+def adapter_bwd_tile(block_r: int, dtype: torch.dtype, arch: str) -> Tile:
+    """Tile of B1 for a padded rank: `rows` outputs, `inner` rows of dY at a time."""
+    return _by_rank("adapter_bwd", block_r, dtype, arch)
+
+
+def lora_a_bwd_tile(block_r: int, dtype: torch.dtype, arch: str) -> Tile:
+    """Tile of B2 for a padded rank: `cols` inputs, `inner` rows of x at a time."""
+    return _by_rank("lora_a_bwd", block_r, dtype, arch)
+
+
+def dora_norm_tile(dtype: torch.dtype, arch: str) -> Tile:
+    """Tile of D0: `rows` outputs, `inner` inputs at a time."""
+    return candidates("dora_norm", dtype, arch)["thin"]
+
+
+def _by_rank(kernel: str, block_r: int, dtype: torch.dtype, arch: str) -> Tile:
+    return candidates(kernel, dtype, arch)["thin" if block_r <= 64 else "thick"]
+
+
+def shrink_splits(tile: Tile, rows: int, width: int, processors: int) -> int:
+    """Programs that share one row's contraction in F1: enough to occupy the device, each with at least 8 steps."""
+    row_tiles = max(1, -(-rows // tile.rows))
+    return max(1, min(2 * processors // row_tiles, width // (8 * tile.inner)))
+
+
+def reduction_splits(n_tiles: int, steps: int, processors: int) -> int:
+    """Programs that share one output tile's sum over `steps` row blocks in B1 and B2."""
+    return max(1, min(2 * processors // max(1, n_tiles), -(-steps // 4)))
+
+
+def per_split(length: int, step: int, splits: int) -> int:
+    """How much of `length` each of `splits` programs takes: a multiple of `step`, so that blocks never straddle."""
+    return max(1, -(-length // (step * splits))) * step

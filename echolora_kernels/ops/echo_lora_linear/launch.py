@@ -1,0 +1,127 @@
+"""Everything between a tensor and a kernel launch: device guard, strides of rows, precision, partial sums."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from ...backends import interpreting
+from ...errors import BackendUnavailable
+from .configs import Device, Tile
+
+DROP_BITS = 24
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Probability p, and the seed as a one-element int64 tensor on x's device (None where p is 0).
+
+    The seed stays on the device, so that drawing it neither waits for the device nor freezes into a CUDA graph.
+    """
+
+    p: float = 0.0
+    seed: torch.Tensor | None = None
+
+    @classmethod
+    def draw(cls, p: float, device: torch.device) -> Dropout:
+        """A new seed from torch's generator of `device`."""
+        return cls(p, torch.randint(2**62, (1,), device=device)) if p > 0 else cls()
+
+    def constants(self) -> dict[str, Any]:
+        """The compile-time arguments of a kernel that replays this dropout."""
+        return {
+            "DROPOUT": self.p > 0,
+            "DROP_BELOW": round(self.p * 2**DROP_BITS),
+            "KEEP_SCALE": 1 / (1 - self.p),
+        }
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many rows a [n, T, width] tensor has, and how many belong to one sample."""
+
+    total: int
+    per_sample: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Rows:
+        return cls(tensor.shape[0] * tensor.shape[1], max(1, tensor.shape[1]))
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., width] as [n, T, width]; a view, except for more than three dimensions that cannot be merged."""
+    if tensor.ndim < 3:
+        return tensor.reshape(1, -1, tensor.shape[-1])
+    return tensor if tensor.ndim == 3 else tensor.flatten(0, -3)
+
+
+def one_sample(rows: torch.Tensor) -> torch.Tensor:
+    """[n, T, width] as [1, n * T, width] where the strides allow it without a copy, else unchanged."""
+    n, length, width = rows.shape
+    if n > 1 and rows.stride(0) == length * rows.stride(1):
+        return rows.as_strided((1, n * length, width), (0, rows.stride(1), rows.stride(2)))
+    return rows
+
+
+def run(kernel: Any, grid: Sequence[int], device: torch.device, tile: Tile, **arguments: Any) -> None:
+    """Launch `kernel` on `device`'s current stream; nothing happens where the grid is empty."""
+    if 0 in grid:
+        return
+    # the compiler's default for fused multiply-add differs between Triton releases
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[tuple(grid)](**arguments, **options)
+    else:
+        kernel[tuple(grid)](**arguments, **options)
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The dtype that kernels accumulate in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The same, as torch names it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How kernels multiply float32: as torch is set to (`torch.set_float32_matmul_precision`)."""
+    exact = dtype != torch.float32 or torch.version.hip or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def reduce_partials(partials: torch.Tensor) -> torch.Tensor:
+    """Sum over the first dimension in a fixed order."""
+    return partials[0] if partials.shape[0] == 1 else partials.sum(0)
+
+
+def want_runnable(x: torch.Tensor) -> None:
+    """Raise BackendUnavailable where no Triton kernel can compute with `x`."""
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreting()):
+        raise BackendUnavailable(
+            f"x: got device {x.device}, wants a GPU for the triton backend (or a CPU tensor under TRITON_INTERPRET=1)"
+        )
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        raise BackendUnavailable(
+            "x: got torch.bfloat16 on cpu, wants another dtype: Triton's interpreter gets it wrong"
+        )
+
+
+def device_of(tensor: torch.Tensor) -> Device:
+    """What the config rules need to know about `tensor`'s device."""
+    return _cuda_device(tensor.device.index) if tensor.device.type == "cuda" else Device("cpu", 8)
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Device(properties.gcnArchName.partition(":")[0], properties.multi_processor_count)
+    return Device(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)

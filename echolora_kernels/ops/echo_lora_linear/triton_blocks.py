@@ -1,0 +1,50 @@
+"""Pieces that several kernels of this operator share."""
+
+# ruff: noqa: N803  (compile-time constants are upper case, compared or passed)
+
+import triton
+import triton.language as tl
+
+# Philox4x32 passes BigCrush from 7 rounds on; 10 would cost more than the matrix product of a thin adapter.
+PHILOX_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def row_offsets(o_m, T, stride_n, stride_t):
+    """Element offset of flat rows, where row = sample * T + position; int64, because tensors pass 2^31 elements."""
+    return (o_m // T).to(tl.int64) * stride_n + (o_m % T).to(tl.int64) * stride_t
+
+
+@triton.jit
+def swizzled_tile(i_program, n_row_tiles, n_col_tiles, GROUP: tl.constexpr):
+    """Tile of a program, ordered so that GROUP row tiles share the column tiles that are in the L2 cache."""
+    per_group = GROUP * n_col_tiles
+    i_group = i_program // per_group
+    rows_here = min(n_row_tiles - i_group * GROUP, GROUP)
+    i_row = i_group * GROUP + (i_program % per_group) % rows_here
+    return i_row, (i_program % per_group) // rows_here
+
+
+@triton.jit
+def keep_mask(seed, o_m, i_k, K, DROP_BELOW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Which elements of x[o_m, i_k : i_k + COLS] dropout keeps: a function of (seed, row, column) alone.
+
+    One Philox call serves four neighbouring columns, so i_k and COLS are multiples of 4.
+    """
+    o_quad = i_k // 4 + tl.arange(0, COLS // 4)
+    i_counter = o_m.to(tl.int64)[:, None] * tl.cdiv(K, 4) + o_quad[None, :]
+    b_low = i_counter.to(tl.uint32)
+    b_zero = b_low * 0
+    b_0, b_1, b_2, b_3 = tl.philox(seed, b_low, (i_counter >> 32).to(tl.uint32), b_zero, b_zero, PHILOX_ROUNDS)
+    b_bits = tl.reshape(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (ROWS, COLS))
+    return (b_bits >> 8).to(tl.int32) >= DROP_BELOW
+
+
+@triton.jit
+def dropped(
+    b_x, seed, o_m, i_k, K, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """drop(x) of one block, in the accumulator's dtype."""
+    m_keep = keep_mask(seed, o_m, i_k, K, DROP_BELOW, ROWS, COLS)
+    b_wide = b_x.to(tl.float64) if b_x.dtype == tl.float64 else b_x.to(tl.float32)
+    return tl.where(m_keep, b_wide * KEEP_SCALE, 0.0)
