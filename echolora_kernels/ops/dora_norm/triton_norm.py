@@ -102,7 +102,7 @@ def dora_norm(
     wide = torch.promote_types(weight.dtype, lora_a.dtype)
     tile = tile or configs.dora_norm_tile(wide, device_of(weight).arch)
     norm = weight.new_empty((d_out,), dtype=accumulator_dtype(wide))
-    gain = None if magnitude is None else torch.empty_like(norm)
+    gain = None if magnitude is None else weight.new_empty((d_out,), dtype=norm.dtype)
     run(
         dora_norm_fwd_kernel,
         (-(-d_out // tile.rows),),

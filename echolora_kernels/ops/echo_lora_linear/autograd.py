@@ -42,6 +42,9 @@ def _forward(
     dropout: Dropout,
     store_z: bool,
 ) -> _Forward:
+    if x.shape[:-1].numel() == 0:
+        nothing = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        return _Forward(nothing, nothing, None, None, None)
     rows = as_rows(x)
     norm = gain = None
     if magnitude is not None:
@@ -68,8 +71,9 @@ def _forward(
         mask=None if outer is None else outer.mask,
         dropout=dropout,
         store_z=store_z,
+        shape=(*x.shape[:-1], weight.shape[0]),
     )
-    return _Forward(y.view(*x.shape[:-1], weight.shape[0]), s, z, norm, gain)
+    return _Forward(y, s, z, norm, gain)
 
 
 class EchoLoRALinearFunction(torch.autograd.Function):
@@ -98,8 +102,9 @@ class EchoLoRALinearFunction(torch.autograd.Function):
         echo = None if delta is None or mask is None else Echo(delta, mask, site)
         out = _forward(x, weight, bias, lora_a, lora_b, magnitude, echo, scaling, dropout, need_magnitude)
         need_ds = need_x or need_a or (need_delta and site != "output")
-        ctx.site, ctx.scaling, ctx.dropout_p, ctx.x_shape, ctx.d_out = site, scaling, dropout.p, x.shape, len(weight)
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, lora_a, lora_b, magnitude, delta)]
+        ctx.site, ctx.scaling, ctx.dropout_p = site, scaling, dropout.p
+        inputs = (x, weight, bias, lora_a, lora_b, magnitude, delta)
+        ctx.kinds = [None if t is None else (t.shape, t.dtype) for t in inputs]
         ctx.save_for_backward(
             x if need_a or need_weight else None,
             weight if need_x else None,
@@ -120,7 +125,13 @@ class EchoLoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         need_x, need_weight, need_bias, need_a, need_b, need_magnitude, need_delta = ctx.needs_input_grad[:7]
         x, weight, lora_a, lora_b, delta, mask, s, z, norm, gain, seed = ctx.saved_tensors
-        x_dtype, w_dtype, bias_dtype, a_dtype, b_dtype, magnitude_dtype, delta_dtype = ctx.dtypes
+        if dy.numel() == 0:
+            zeros = [dy.new_zeros(kind[0], dtype=kind[1]) if kind else None for kind in ctx.kinds]
+            return *(zero if need else None for zero, need in zip(zeros, ctx.needs_input_grad, strict=False)), *[
+                None
+            ] * 4
+        dtypes = [None if kind is None else kind[1] for kind in ctx.kinds]
+        x_dtype, w_dtype, bias_dtype, a_dtype, b_dtype, magnitude_dtype, delta_dtype = dtypes
         dropout = Dropout(ctx.dropout_p, seed)
         inner_delta = need_delta and ctx.site != "output"
         need_ds = need_x or need_a or inner_delta
@@ -157,7 +168,7 @@ class EchoLoRALinearFunction(torch.autograd.Function):
             echo_mask = mask if ctx.site == "adapter_input" else None
             da = lora_a_backward(as_rows(x), ds, dropout=dropout, delta=delta, mask=echo_mask, dtype=a_dtype)
         if need_x:
-            dx = input_backward(dy_rows, weight, ds, lora_a, dropout=dropout, gain=gain).view(ctx.x_shape)
+            dx = input_backward(dy_rows, weight, ds, lora_a, dropout=dropout, gain=gain).view(ctx.kinds[0][0])
         if need_weight:
             dweight = _weight_gradient(dy_rows, as_rows(x), gain).to(w_dtype)
         return dx, dweight, dbias, da, db, dmagnitude, ddelta, None, None, None, None

@@ -52,17 +52,18 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
         "wide": Tile(128, 256, 64, 8, 3),
         "large": Tile(128, 128, 64, 8, 3),
         "lean": Tile(128, 128, 32, 8, 3),
-        "small": Tile(64, 64, 32, 4, 3),
+        "twin": Tile(128, 64, 32, 8, 3),
+        "small": Tile(64, 64, 64, 4, 3),
     },
-    ("matmul", "single"): {"small": Tile(64, 64, 32, 8, 2)},
-    ("matmul", "double"): {"small": Tile(32, 32, 16, 4, 1)},
+    ("matmul", "single"): {"twin": Tile(64, 32, 16, 8, 2), "small": Tile(64, 64, 32, 8, 2)},
+    ("matmul", "double"): {"twin": Tile(32, 32, 16, 4, 1), "small": Tile(32, 32, 16, 4, 1)},
     ("shrink", "half"): {"thin": Tile(64, 0, 64, 4, 3), "thick": Tile(64, 0, 32, 8, 2)},
-    ("shrink", "single"): {"thin": Tile(32, 0, 32, 4, 2), "thick": Tile(32, 0, 32, 8, 2)},
+    ("shrink", "single"): {"thin": Tile(32, 0, 32, 4, 2), "thick": Tile(32, 0, 16, 8, 2)},
     ("shrink", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
-    ("adapter_bwd", "half"): {"thin": Tile(128, 0, 64, 8, 2), "thick": Tile(64, 0, 32, 8, 2)},
-    ("adapter_bwd", "single"): {"thin": Tile(64, 0, 32, 8, 2), "thick": Tile(32, 0, 32, 8, 1)},
+    ("adapter_bwd", "half"): {"thin": Tile(128, 0, 32, 8, 3), "thick": Tile(64, 0, 32, 8, 2)},
+    ("adapter_bwd", "single"): {"thin": Tile(64, 0, 16, 8, 2), "thick": Tile(32, 0, 16, 8, 1)},
     ("adapter_bwd", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
-    ("lora_a_bwd", "half"): {"thin": Tile(0, 128, 64, 4, 3), "thick": Tile(0, 64, 32, 8, 2)},
+    ("lora_a_bwd", "half"): {"thin": Tile(0, 128, 64, 8, 3), "thick": Tile(0, 64, 32, 8, 2)},
     ("lora_a_bwd", "single"): {"thin": Tile(0, 32, 32, 4, 2), "thick": Tile(0, 32, 32, 8, 1)},
     ("lora_a_bwd", "double"): {"thin": Tile(0, 16, 16, 4, 1), "thick": Tile(0, 16, 16, 4, 1)},
     ("dora_norm", "half"): {"thin": Tile(32, 0, 64, 4, 2)},
@@ -96,20 +97,25 @@ def rank_step(rank: int) -> int:
     return min(MAX_RANK_STEP, rank_block(rank))
 
 
-def matmul_tile(
-    rows: int, cols: int, dtype: torch.dtype, arch: str, processors: int, two_products: bool = False
-) -> Tile:
-    """Tile of F2 and B3 for an output [rows, cols].
+def matmul_tile(rows: int, cols: int, dtype: torch.dtype, device: Device, load: str = "plain") -> Tile:
+    """Tile of F2 and B3 for an output [rows, cols]: the largest that still gives every processor one.
 
-    The largest tile that still gives every processor work; `two_products` keeps two accumulators, so no "wide" one.
+    Args:
+        load: what the kernel keeps in registers: "plain" is one accumulator; "rich" adds an epilogue with DoRA or an
+            echo, which the "wide" tile would spill; "twin" is two accumulators (DoRA with dropout).
     """
-    tiles = candidates("matmul", dtype, arch)
-    if two_products:
-        tiles.pop("wide", None)
-    for tile in tiles.values():
-        if -(-rows // tile.rows) * -(-cols // tile.cols) >= processors:
+    listed = candidates("matmul", dtype, device.arch)
+    tiles = [listed[name] for name in matmul_tiles(load) if name in listed]
+    for tile in tiles:
+        if -(-rows // tile.rows) * -(-cols // tile.cols) >= device.processors:
             return tile
-    return tiles["small"]
+    return tiles[-1]
+
+
+def matmul_tiles(load: str) -> tuple[str, ...]:
+    """Names of the tiles that a matmul kernel with this load may use, largest first; see `matmul_tile`."""
+    loads = {"plain": ("wide", "large", "lean", "small"), "rich": ("large", "lean", "small"), "twin": ("twin",)}
+    return loads[load]
 
 
 def shrink_tile(block_r: int, dtype: torch.dtype, arch: str) -> Tile:

@@ -81,7 +81,7 @@ def adapter_backward(
     rows = Rows.of(dy)
     block_r = configs.rank_block(rank)
     tile = tile or configs.adapter_bwd_tile(block_r, dy.dtype, device.arch)
-    tiles_per_sample = -(-rows.per_sample // tile.inner)
+    tiles_per_sample = -(-dy.shape[1] // tile.inner)
     row_tiles = dy.shape[0] * tiles_per_sample
     col_tiles = -(-d_out // tile.rows)
     splits = splits or configs.reduction_splits(col_tiles, row_tiles, device.processors)
@@ -239,12 +239,12 @@ def input_backward(
     Returns:
         dX, [n * T, K], contiguous, in dy's dtype.
     """
-    rows, device = Rows.of(dy), device_of(dy)
+    rows = Rows.of(dy)
     d_out, d_in = weight.shape
     rank = lora_a.shape[0]
     block_r = configs.rank_step(rank)
-    two_products = gain is not None and dropout.p > 0
-    tile = tile or configs.matmul_tile(rows.total, d_in, dy.dtype, device.arch, device.processors, two_products)
+    load = "twin" if gain is not None and dropout.p > 0 else "plain"
+    tile = tile or configs.matmul_tile(rows.total, d_in, dy.dtype, device_of(dy), load)
     dx = dy.new_empty((rows.total, d_in))
     run(
         input_bwd_kernel,

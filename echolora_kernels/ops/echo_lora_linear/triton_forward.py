@@ -283,6 +283,7 @@ def linear(
     mask: torch.Tensor | None = None,
     dropout: Dropout,
     store_z: bool = False,
+    shape: tuple[int, ...] | None = None,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """F2: ``y = g z + bias + mask delta`` with ``z = x W0^T + S B^T``.
@@ -295,19 +296,21 @@ def linear(
         delta, mask: the echo at the output, [n, N] and [n, T], or None.
         dropout: probability and seed; it only matters with a gain.
         store_z: also return z, which the magnitude's gradient needs.
+        shape: of y; None is [n * T, N]. autograd wants a result that is no view.
         tile: launch config; None chooses.
 
     Returns:
-        y and z (None unless asked for), [n * T, N], contiguous, in x's dtype.
+        y, and z [n * T, N] or None: contiguous, in x's dtype.
     """
-    rows, device = Rows.of(x), device_of(x)
+    rows = Rows.of(x)
     d_out, d_in = weight.shape
     rank = lora_b.shape[1]
     block_r = configs.rank_step(rank)
     two_products = gain is not None and dropout.p > 0
-    tile = tile or configs.matmul_tile(rows.total, d_out, x.dtype, device.arch, device.processors, two_products)
-    y = x.new_empty((rows.total, d_out))
-    z = torch.empty_like(y) if store_z else None
+    load = "twin" if two_products else "plain" if gain is None and delta is None else "rich"
+    tile = tile or configs.matmul_tile(rows.total, d_out, x.dtype, device_of(x), load)
+    y = x.new_empty(shape or (rows.total, d_out))
+    z = x.new_empty((rows.total, d_out)) if store_z else None
     delta_strides = (0, 0) if delta is None else delta.stride()
     mask_strides = (0, 0) if mask is None else mask.stride()
     constants = (dropout if two_products else Dropout()).constants()

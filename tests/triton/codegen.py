@@ -1,0 +1,227 @@
+"""Compile the kernels for GPUs that are not here, exactly as their launchers would launch them.
+
+Run as a script, without TRITON_INTERPRET: one JSON line per compiled launch.
+
+    python tests/triton/codegen.py --arch sm_90 --dtype bfloat16 [--kernel linear_fwd_kernel] [--all]
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from echolora_kernels.ops.dora_norm import triton_norm
+from echolora_kernels.ops.echo_lora_linear import configs, triton_backward_launch, triton_forward
+from echolora_kernels.ops.echo_lora_linear.launch import Dropout
+
+SHARED_LIMIT = {
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+}
+TYPES = {
+    torch.bool: "*i1",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+}
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ROWS, T, WIDTH = 8192, 512, 4096
+
+
+class Recorder:
+    """Stands in for `launch.run` and keeps what it was given."""
+
+    def __init__(self):
+        self.launches = []
+        for module in (triton_forward, triton_backward_launch, triton_norm):
+            module.run = self
+
+    def __call__(self, kernel, grid, device, tile, **arguments):
+        self.launches.append((kernel, tile, arguments))
+
+
+def target(arch):
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
+def source(kernel, arguments):
+    """What the just-in-time compiler would make of these arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def inspect(compiled):
+    """Registers, spills and matrix instructions of a compiled CUDA kernel."""
+    if "cubin" not in compiled.asm:
+        return {"mfma": len(re.findall(r"v_mfma", compiled.asm["amdgcn"]))}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _output(BINARIES / "cuobjdump", "-res-usage", file.name)
+        sass = _output(BINARIES / "nvdisasm", "-c", file.name)
+    count = {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "HMMA", "LDL", "STL", "UTCHMMA")}
+    registers = re.search(r"REG:(\d+)", usage)
+    return {"registers": int(registers.group(1)) if registers else None, **count}
+
+
+def _output(program, *arguments):
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def launches(arch, dtype, everything):
+    """(label, kernel, tile, arguments) for every config that the rules can pick on `arch`, in its main variants."""
+    recorder = Recorder()
+    ranks = (16, 32, 64, 128, 256) if everything else (16, 64, 256)
+    meta = {"device": "meta", "dtype": dtype}
+    x = torch.empty(ROWS // T, T, WIDTH, **meta)
+    weight, vector = torch.empty(WIDTH, WIDTH, **meta), torch.empty(WIDTH, **meta)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    gain = torch.empty(WIDTH, device="meta", dtype=wide)
+    mask = torch.empty(ROWS // T, T, dtype=torch.bool, device="meta")
+    delta = torch.empty(ROWS // T, WIDTH, **meta)
+    none, some = Dropout(), Dropout(0.1, torch.empty(1, dtype=torch.int64, device="meta"))
+
+    def adapters(rank, kind=dtype):
+        shrunk = torch.empty(ROWS, rank, **meta)
+        a, b = torch.empty(rank, WIDTH, device="meta", dtype=kind), torch.empty(WIDTH, rank, device="meta", dtype=kind)
+        return a, b, shrunk
+
+    def record(label, function, *arguments, **options):
+        recorder.launches.clear()
+        function(*arguments, **options)
+        for kernel, tile, values in recorder.launches:
+            yield label, kernel, tile, values
+
+    linear, shrink = triton_forward.linear, triton_forward.shrink
+    adapter_backward = triton_backward_launch.adapter_backward
+    lora_a_backward = triton_backward_launch.lora_a_backward
+    input_backward = triton_backward_launch.input_backward
+
+    tiles = configs.candidates("matmul", dtype, arch)
+    echo = {"bias": vector, "delta": delta, "mask": mask}
+    for rank in (16, 256) if everything else (16,):
+        a, b, s = adapters(rank)
+        for name in tiles:
+            where, tile = f"{name} r{rank}", {"tile": tiles[name]}
+            if name in configs.matmul_tiles("plain"):
+                yield from record(f"{where} lora", linear, x, weight, s, b, bias=vector, dropout=none, **tile)
+                yield from record(f"{where} lora", input_backward, x, weight, s, a, dropout=none, **tile)
+                yield from record(f"{where} dropout", input_backward, x, weight, s, a, dropout=some, **tile)
+                yield from record(f"{where} dora", input_backward, x, weight, s, a, gain=gain, dropout=none, **tile)
+            if name in configs.matmul_tiles("rich"):
+                dora = {"gain": gain, "store_z": True, "dropout": none}
+                yield from record(f"{where} dora echo", linear, x, weight, s, b, **dora, **echo, **tile)
+            if name in configs.matmul_tiles("twin"):
+                dora = {"gain": gain, "dropout": some}
+                yield from record(
+                    f"{where} dora dropout", linear, x, weight, s, b, store_z=True, **dora, **echo, **tile
+                )
+                yield from record(f"{where} dora dropout", input_backward, x, weight, s, a, **dora, **tile)
+    for rank in ranks:
+        block = configs.rank_block(rank)
+        for kind in {dtype, wide} if everything or rank == 64 else {dtype}:
+            a, b, s = adapters(rank, kind)
+            where = f"r{rank} {str(kind)[6:]} adapters"
+            tile = configs.shrink_tile(block, dtype, arch)
+            yield from record(where, shrink, x, a, 2.0, dropout=none, tile=tile)
+            yield from record(f"{where} dropout", shrink, x, a, 2.0, dropout=some, tile=tile)
+            yield from record(
+                f"{where} echo dropout",
+                shrink,
+                x,
+                a,
+                2.0,
+                dropout=some,
+                site="adapter_input",
+                delta=delta,
+                mask=mask,
+                tile=tile,
+            )
+            yield from record(
+                f"{where} echo rank", shrink, x, a, 2.0, dropout=some, site="rank", delta=delta, mask=mask, tile=tile
+            )
+            yield from record(f"{where} gain", shrink, x, b.t(), 2.0, gain=gain, dropout=none, tile=tile)
+            tile = configs.adapter_bwd_tile(block, dtype, arch)
+            need = {"need_ds": rank <= configs.ONE_PASS_RANK, "need_lora_b": True, "tile": tile}
+            yield from record(where, adapter_backward, x, s, b, 2.0, **need)
+            need |= {
+                "need_bias": True,
+                "need_gain": True,
+                "need_delta": True,
+                "mask": mask,
+                "z": x.view(ROWS, WIDTH),
+                "gain": gain,
+            }
+            yield from record(f"{where} dora echo", adapter_backward, x, s, b, 2.0, **need)
+            tile = configs.dora_norm_tile(torch.promote_types(dtype, kind), arch)
+            yield from record(where, triton_norm.dora_norm, weight, a, b, 2.0, vector, tile=tile)
+        tile = configs.lora_a_bwd_tile(block, dtype, arch)
+        yield from record(f"r{rank}", lora_a_backward, x, s, dropout=none, dtype=dtype, tile=tile)
+        yield from record(
+            f"r{rank} dropout echo", lora_a_backward, x, s, dropout=some, delta=delta, mask=mask, dtype=dtype, tile=tile
+        )
+
+
+def compile_all(arch, dtype, everything, kernel_name=None):
+    """One result for each of `launches`."""
+    for label, kernel, tile, arguments in launches(arch, dtype, everything):
+        if kernel_name and kernel.fn.__name__ != kernel_name:
+            continue
+        result = {
+            "arch": arch,
+            "dtype": str(dtype)[6:],
+            "kernel": kernel.fn.__name__,
+            "label": label,
+            "tile": str(tile),
+        }
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+        try:
+            compiled = triton.compile(source(kernel, arguments), target=target(arch), options=options)
+            result |= {
+                "shared": compiled.metadata.shared,
+                "fits": compiled.metadata.shared <= SHARED_LIMIT[arch],
+                **inspect(compiled),
+            }
+        except Exception as error:  # reported, not raised: the caller wants the whole matrix
+            result["error"] = f"{type(error).__name__}: {error}"[:400]
+        yield result
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--arch", required=True, choices=SHARED_LIMIT)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--kernel")
+    parser.add_argument("--all", action="store_true")
+    options = parser.parse_args()
+    for result in compile_all(options.arch, getattr(torch, options.dtype), options.all, options.kernel):
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

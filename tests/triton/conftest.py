@@ -1,0 +1,37 @@
+"""The kernels run for real where there is a GPU, and in Triton's interpreter where there is none."""
+
+import pytest
+import torch
+from triton_cases import DEVICE
+
+from echolora_kernels.backends import BACKENDS
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels that are launched."""
+    from echolora_kernels.ops.dora_norm import triton_norm
+    from echolora_kernels.ops.echo_lora_linear import launch, triton_backward_launch, triton_forward
+
+    names = []
+
+    def record(kernel, grid, *arguments, **options):
+        names.append(kernel.fn.__name__)
+        launch.run(kernel, grid, *arguments, **options)
+
+    for module in (triton_forward, triton_backward_launch, triton_norm):
+        monkeypatch.setattr(module, "run", record)
+    return names
+
+
+def pytest_collection_modifyitems(items):
+    reason = next(backend for backend in BACKENDS if backend.name == "triton").why_unavailable()
+    for item in items:
+        if reason and "triton" in item.path.parts and "codegen" not in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=f"triton on {DEVICE}: {reason}"))
