@@ -13,8 +13,9 @@ from .checks import check_arguments
 from .configs import MAX_RANK
 from .echo import Echo
 from .launch import Dropout, as_rows, want_runnable
-from .triton_backward_launch import adapter_backward, input_backward, lora_a_backward
-from .triton_forward import linear, shrink
+from .products import input_product, linear_product
+from .triton_backward_launch import adapter_backward, lora_a_backward
+from .triton_forward import shrink
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -60,7 +61,7 @@ def _forward(
         delta=None if inner is None else inner.delta,
         mask=None if inner is None else inner.mask,
     )
-    y, z = linear(
+    y, z = linear_product(
         rows,
         weight,
         s,
@@ -102,7 +103,7 @@ class EchoLoRALinearFunction(torch.autograd.Function):
         echo = None if delta is None or mask is None else Echo(delta, mask, site)
         out = _forward(x, weight, bias, lora_a, lora_b, magnitude, echo, scaling, dropout, need_magnitude)
         need_ds = need_x or need_a or (need_delta and site != "output")
-        ctx.site, ctx.scaling, ctx.dropout_p = site, scaling, dropout.p
+        ctx.site, ctx.scaling, ctx.dropout = site, scaling, (dropout.p, dropout.dora)
         inputs = (x, weight, bias, lora_a, lora_b, magnitude, delta)
         ctx.kinds = [None if t is None else (t.shape, t.dtype) for t in inputs]
         ctx.save_for_backward(
@@ -132,7 +133,7 @@ class EchoLoRALinearFunction(torch.autograd.Function):
             ] * 4
         dtypes = [None if kind is None else kind[1] for kind in ctx.kinds]
         x_dtype, w_dtype, bias_dtype, a_dtype, b_dtype, magnitude_dtype, delta_dtype = dtypes
-        dropout = Dropout(ctx.dropout_p, seed)
+        dropout = Dropout(ctx.dropout[0], seed, ctx.dropout[1])
         inner_delta = need_delta and ctx.site != "output"
         need_ds = need_x or need_a or inner_delta
         dy_rows = as_rows(dy)
@@ -168,7 +169,7 @@ class EchoLoRALinearFunction(torch.autograd.Function):
             echo_mask = mask if ctx.site == "adapter_input" else None
             da = lora_a_backward(as_rows(x), ds, dropout=dropout, delta=delta, mask=echo_mask, dtype=a_dtype)
         if need_x:
-            dx = input_backward(dy_rows, weight, ds, lora_a, dropout=dropout, gain=gain).view(ctx.kinds[0][0])
+            dx = input_product(dy_rows, weight, ds, lora_a, dropout=dropout, gain=gain).view(ctx.kinds[0][0])
         if need_weight:
             dweight = _weight_gradient(dy_rows, as_rows(x), gain).to(w_dtype)
         return dx, dweight, dbias, da, db, dmagnitude, ddelta, None, None, None, None
@@ -199,6 +200,7 @@ def echo_lora_linear(
     dropout_p: float = 0.0,
     magnitude: torch.Tensor | None = None,
     echo: Echo | None = None,
+    dora_dropout: str = "exact",
 ) -> torch.Tensor:
     """Linear layer with a LoRA or DoRA update and an optional echo, by Triton kernels.
 
@@ -213,12 +215,12 @@ def echo_lora_linear(
         BackendUnavailable: x is on a device that no Triton kernel runs on.
         TypeError, ValueError: an argument does not fit, or asks for a gradient that these kernels do not have.
     """
-    check_arguments(x, weight, bias, lora_a, lora_b, dropout_p, magnitude, echo)
-    _check_limits(x, weight, lora_a, dropout_p, magnitude, echo)
+    check_arguments(x, weight, bias, lora_a, lora_b, dropout_p, magnitude, echo, dora_dropout)
+    dropout = Dropout.draw(dropout_p, x.device, dora_dropout)
+    _check_limits(x, weight, lora_a, dropout, magnitude, echo)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    dropout = Dropout.draw(dropout_p, x.device)
     if not torch.is_grad_enabled():
         return _forward(x, weight, bias, lora_a, lora_b, magnitude, echo, scaling, dropout, False).y
     delta, mask, site = (None, None, "output") if echo is None else (echo.delta, echo.mask, echo.site)
@@ -230,7 +232,7 @@ def _check_limits(
     x: torch.Tensor,
     weight: torch.Tensor,
     lora_a: torch.Tensor,
-    dropout_p: float,
+    dropout: Dropout,
     magnitude: torch.Tensor | None,
     echo: Echo | None,
 ) -> None:
@@ -243,5 +245,5 @@ def _check_limits(
         return
     if echo is not None and echo.mask.requires_grad:
         raise ValueError("echo.mask: requires a gradient, wants a constant on the triton backend")
-    if weight.requires_grad and magnitude is not None and dropout_p > 0:
-        raise ValueError("weight: requires a gradient, wants a frozen one for DoRA with dropout on the triton backend")
+    if weight.requires_grad and magnitude is not None and dropout.on_base:
+        raise ValueError("weight: requires a gradient, wants a frozen one for DoRA with exact dropout on the triton backend")

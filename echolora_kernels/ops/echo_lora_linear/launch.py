@@ -19,18 +19,24 @@ DROP_BITS = 24
 
 @dataclass(frozen=True)
 class Dropout:
-    """Probability p, and the seed as a one-element int64 tensor on x's device (None where p is 0).
+    """Probability p, the seed as a one-element int64 tensor on x's device (None where p is 0), and DoRA's mode.
 
     The seed stays on the device, so that drawing it neither waits for the device nor freezes into a CUDA graph.
     """
 
     p: float = 0.0
     seed: torch.Tensor | None = None
+    dora: str = "exact"
 
     @classmethod
-    def draw(cls, p: float, device: torch.device) -> Dropout:
+    def draw(cls, p: float, device: torch.device, dora: str = "exact") -> Dropout:
         """A new seed from torch's generator of `device`."""
-        return cls(p, torch.randint(2**62, (1,), device=device)) if p > 0 else cls()
+        return cls(p, torch.randint(2**62, (1,), device=device), dora) if p > 0 else cls()
+
+    @property
+    def on_base(self) -> bool:
+        """Whether DoRA's gain applies to the base product of the dropped input, as in PEFT."""
+        return self.p > 0 and self.dora == "exact"
 
     def constants(self) -> dict[str, Any]:
         """The compile-time arguments of a kernel that replays this dropout."""

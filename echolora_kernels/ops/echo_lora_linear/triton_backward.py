@@ -204,6 +204,7 @@ def input_bwd_kernel(
     DROP_BELOW: tl.constexpr,
     KEEP_SCALE: tl.constexpr,
     HAS_GAIN: tl.constexpr,
+    DORA_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -233,7 +234,7 @@ def input_bwd_kernel(
         b_dropped = tl.dot(b_ds, b_a.to(b_ds.dtype), b_dropped, input_precision=PRECISION, out_dtype=ACC)
     if DROPOUT:
         seed_value = tl.load(seed)
-    if DROPOUT and HAS_GAIN:
+    if DORA_DROPOUT:
         b_dx = tl.zeros([BLOCK_M, BLOCK_K], ACC)
     elif DROPOUT:
         m_keep = keep_mask(seed_value, o_m, i_k, K, DROP_BELOW, BLOCK_M, BLOCK_K)
@@ -249,13 +250,13 @@ def input_bwd_kernel(
         b_w = tl.load(p_w[None, :] + o_n[:, None] * stride_w_n, mask=m_n[:, None] & m_k[None, :], other=0.0)
         if HAS_GAIN:
             b_gain = tl.load(gain + o_n, mask=m_n, other=0.0).to(ACC)
-        if DROPOUT and HAS_GAIN:
+        if DORA_DROPOUT:
             b_rest = (b_dy.to(ACC) * (b_gain - 1.0)[None, :]).to(b_dy.dtype)
             b_dropped = tl.dot(b_rest, b_w, b_dropped, input_precision=PRECISION, out_dtype=ACC)
         elif HAS_GAIN:
             b_dy = (b_dy.to(ACC) * b_gain[None, :]).to(b_dy.dtype)
         b_dx = tl.dot(b_dy, b_w, b_dx, input_precision=PRECISION, out_dtype=ACC)
-    if DROPOUT and HAS_GAIN:
+    if DORA_DROPOUT:
         m_keep = keep_mask(seed_value, o_m, i_k, K, DROP_BELOW, BLOCK_M, BLOCK_K)
         b_dx += tl.where(m_keep, b_dropped * KEEP_SCALE, 0.0)
 

@@ -224,16 +224,18 @@ def input_backward(
     *,
     dropout: Dropout,
     gain: torch.Tensor | None = None,
+    contract: bool = True,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """B3: ``dX = (g * dY) W0 + drop'(dS A)``.
 
-    With DoRA and dropout ``dX = dY W0 + drop'(((g - 1) * dY) W0 + dS A)``.
+    With DoRA and exact dropout ``dX = dY W0 + drop'(((g - 1) * dY) W0 + dS A)``.
 
     Args:
         dy: [n, T, N], any strides; never written.
         weight: [N, K]. ds: [n * T, r], contiguous, in dy's dtype. lora_a: [r, K].
         dropout: as in the forward pass. gain: [N] or None.
+        contract: False leaves out the product with W0, for the vendor's GEMM to add.
         tile: launch config; None chooses.
 
     Returns:
@@ -243,7 +245,8 @@ def input_backward(
     d_out, d_in = weight.shape
     rank = lora_a.shape[0]
     block_r = configs.rank_step(rank)
-    load = "twin" if gain is not None and dropout.p > 0 else "plain"
+    two_products = gain is not None and dropout.on_base
+    load = "twin" if two_products else "plain"
     tile = tile or configs.matmul_tile(rows.total, d_in, dy.dtype, device_of(dy), load)
     dx = dy.new_empty((rows.total, d_in))
     run(
@@ -261,7 +264,7 @@ def input_backward(
         M=rows.total,
         T=rows.per_sample,
         K=d_in,
-        N=d_out,
+        N=d_out if contract else 0,
         R=rank,
         stride_dy_n=dy.stride(0),
         stride_dy_t=dy.stride(1),
@@ -272,6 +275,7 @@ def input_backward(
         stride_a_k=lora_a.stride(1),
         **dropout.constants(),
         HAS_GAIN=gain is not None,
+        DORA_DROPOUT=two_products,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.inner,
         BLOCK_K=tile.cols,

@@ -106,6 +106,7 @@ def linear_fwd_kernel(
     delta,
     mask,
     seed,
+    base,
     y,
     z,
     M,
@@ -128,6 +129,7 @@ def linear_fwd_kernel(
     DORA_DROPOUT: tl.constexpr,
     DROP_BELOW: tl.constexpr,
     KEEP_SCALE: tl.constexpr,
+    HAS_BASE: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DELTA: tl.constexpr,
@@ -148,7 +150,11 @@ def linear_fwd_kernel(
     p_x = x + row_offsets(o_m, T, stride_x_n, stride_x_t)
     p_w = w + o_n.to(tl.int64) * stride_w_n
 
+    m_y = m_m[:, None] & m_n[None, :]
+    o_y = o_m.to(tl.int64)[:, None] * N + o_n[None, :]
     b_y = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    if HAS_BASE:  # K is 0 then: the base product is done
+        b_y += tl.load(base + o_y, mask=m_y, other=0.0).to(ACC)
     if DORA_DROPOUT:
         b_z = tl.zeros([BLOCK_M, BLOCK_N], ACC)
         seed_value = tl.load(seed)
@@ -175,8 +181,6 @@ def linear_fwd_kernel(
         b_b = tl.load(p_b, mask=m_r[:, None] & m_n[None, :], other=0.0)
         b_z = tl.dot(b_s, b_b.to(b_s.dtype), b_z, input_precision=PRECISION, out_dtype=ACC)
 
-    m_y = m_m[:, None] & m_n[None, :]
-    o_y = o_m.to(tl.int64)[:, None] * N + o_n[None, :]
     if STORE_Z:
         tl.store(z + o_y, b_z.to(z.dtype.element_ty), mask=m_y)
     if HAS_GAIN:
@@ -284,11 +288,13 @@ def linear(
     dropout: Dropout,
     store_z: bool = False,
     shape: tuple[int, ...] | None = None,
+    base: torch.Tensor | None = None,
+    contract: bool = True,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """F2: ``y = g z + bias + mask delta`` with ``z = x W0^T + S B^T``.
 
-    With DoRA and dropout, ``z = drop(x) W0^T + S B^T`` and ``y`` gains ``(x - drop(x)) W0^T``: PEFT's form.
+    With DoRA and exact dropout, ``z = drop(x) W0^T + S B^T`` and ``y`` gains ``(x - drop(x)) W0^T``: PEFT's form.
 
     Args:
         x: [n, T, K]. weight: [N, K]. s: [n * T, r], contiguous, scaling included. lora_b: [N, r].
@@ -297,6 +303,8 @@ def linear(
         dropout: probability and seed; it only matters with a gain.
         store_z: also return z, which the magnitude's gradient needs.
         shape: of y; None is [n * T, N]. autograd wants a result that is no view.
+        base: x W0^T, [n * T, N], contiguous, where the vendor's GEMM computed it; becomes z where that is stored.
+        contract: False leaves x W0^T out of z, for the vendor's GEMM to add.
         tile: launch config; None chooses.
 
     Returns:
@@ -306,11 +314,13 @@ def linear(
     d_out, d_in = weight.shape
     rank = lora_b.shape[1]
     block_r = configs.rank_step(rank)
-    two_products = gain is not None and dropout.p > 0
+    two_products = gain is not None and dropout.on_base
     load = "twin" if two_products else "plain" if gain is None and delta is None else "rich"
     tile = tile or configs.matmul_tile(rows.total, d_out, x.dtype, device_of(x), load)
     y = x.new_empty(shape or (rows.total, d_out))
-    z = x.new_empty((rows.total, d_out)) if store_z else None
+    z = None
+    if store_z:
+        z = x.new_empty((rows.total, d_out)) if base is None else base
     delta_strides = (0, 0) if delta is None else delta.stride()
     mask_strides = (0, 0) if mask is None else mask.stride()
     constants = (dropout if two_products else Dropout()).constants()
@@ -329,11 +339,12 @@ def linear(
         delta=delta,
         mask=mask,
         seed=dropout.seed,
+        base=base,
         y=y,
         z=z,
         M=rows.total,
         T=rows.per_sample,
-        K=d_in,
+        K=d_in if contract and base is None else 0,
         N=d_out,
         R=rank,
         stride_x_n=x.stride(0),
@@ -349,6 +360,7 @@ def linear(
         stride_mask_n=mask_strides[0],
         stride_mask_t=mask_strides[1],
         **constants,
+        HAS_BASE=base is not None,
         HAS_GAIN=gain is not None,
         HAS_BIAS=bias is not None,
         HAS_DELTA=delta is not None,

@@ -1,0 +1,159 @@
+"""Which way the two large products of `echo_lora_linear` are computed: a table of measurements, else a rule.
+
+"fused"       one Triton kernel computes base product, low-rank term and epilogue
+"lora-first"  a Triton kernel writes everything but the base product, the vendor's GEMM adds that to it (beta = 1)
+"accumulate"  the vendor's GEMM computes the base product, a Triton kernel adds the rest and applies DoRA's gain
+
+All have the same semantics and save the same tensors. Everything here but `table_for` is a pure function of shapes,
+dtype and architecture, the same on every rank; nothing is timed while training.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+CANDIDATES = ("fused", "lora-first", "accumulate")
+PRODUCTS = ("forward", "input-gradient")
+CANDIDATE_VARIABLE = "ECHOLORA_CANDIDATE"
+TABLE_VARIABLE = "ECHOLORA_TUNED"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One product to compute.
+
+    Args:
+        product: "forward", x W0^T with output [M, N]; or "input-gradient", dY W0 with output [M, K].
+        m, n, k, rank: rows, d_out, d_in, r.
+        dtype: "bfloat16", "float16", "float32" or "float64".
+        arch: "sm_90", "gfx942", "cpu", ...
+        dora: whether a gain multiplies the outputs. dropout: whether DoRA's gain sees a dropped input.
+        plain_rows: whether the rows lie one after the other with unit stride, as the vendor's GEMM reads them
+            without a copy.
+    """
+
+    product: str
+    m: int
+    n: int
+    k: int
+    rank: int
+    dtype: str
+    arch: str
+    dora: bool = False
+    dropout: bool = False
+    plain_rows: bool = True
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measurement: for this product, the fastest candidate."""
+
+    product: str
+    dora: bool
+    dtype: str
+    m: int
+    n: int
+    k: int
+    rank: int
+    candidate: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to run, and why."""
+
+    candidate: str
+    reason: str
+
+
+def possible(problem: Problem) -> tuple[str, ...]:
+    """The candidates that can compute `problem`."""
+    if not problem.plain_rows or (problem.dora and problem.dropout):
+        return ("fused",)
+    if problem.product == "forward" and problem.dora:
+        return ("fused", "accumulate")  # the gain comes after the sum, which only a last kernel can apply
+    return ("fused", "lora-first")
+
+
+def choose(problem: Problem, table: tuple[Entry, ...] = (), insist: str | None = None) -> Choice:
+    """The candidate for `problem`: the one insisted on, else the nearest measurement's, else the rule's.
+
+    Raises:
+        ValueError: the candidate insisted on does not exist or cannot compute this.
+    """
+    can = possible(problem)
+    if insist:
+        if insist not in CANDIDATES:
+            raise ValueError(f"{CANDIDATE_VARIABLE}: got {insist!r}, wants one of {', '.join(CANDIDATES)}")
+        if insist not in can:
+            raise ValueError(f"{CANDIDATE_VARIABLE}: got {insist!r}, wants one of {', '.join(can)} for {problem}")
+        return Choice(insist, f"{CANDIDATE_VARIABLE} says so")
+    measured = [entry for entry in table if _fits(entry, problem) and entry.candidate in can]
+    if measured:
+        nearest = min(measured, key=lambda entry: _distance(entry, problem))
+        return Choice(nearest.candidate, f"fastest at M = {nearest.m}, r = {nearest.rank} on this device")
+    return Choice(*_rule(problem, can))
+
+
+def _rule(problem: Problem, can: tuple[str, ...]) -> tuple[str, str]:
+    """Without a measurement: the vendor's GEMM, which an untuned kernel rarely beats by what an epilogue saves."""
+    if len(can) == 1:
+        return can[0], "nothing else can compute this"
+    if problem.arch == "cpu":
+        return "fused", "Triton's interpreter has no vendor GEMM to prefer"
+    if problem.dtype == "float64":
+        return can[1], "Triton has no float64 matrix instructions"
+    if problem.m * min(problem.n, problem.k) < 128 * 1024:
+        return "fused", "small: one launch costs less than two"
+    return can[1], "no measurement near: the vendor's GEMM is the safe choice"
+
+
+def _fits(entry: Entry, problem: Problem) -> bool:
+    return (entry.product, entry.dora, entry.dtype, entry.n, entry.k) == (
+        problem.product, problem.dora, problem.dtype, problem.n, problem.k,
+    )  # fmt: skip
+
+
+def _distance(entry: Entry, problem: Problem) -> tuple[float, float, int]:
+    """Nearest M first, then nearest rank, both as ratios; the smaller M where two are equally near."""
+    rows = abs(math.log2(entry.m / max(problem.m, 1)))
+    return rows, abs(math.log2(entry.rank / problem.rank)), entry.m
+
+
+@functools.cache
+def table_for(device_name: str, folder: str | None = None) -> tuple[Entry, ...]:
+    """The measurements for a device: DEVICE-NAME.json in `folder`, else in the package; empty where there is none.
+
+    Raises:
+        ValueError: the file is malformed; the message names it and the entry.
+    """
+    slug = "-".join("".join(c if c.isalnum() else " " for c in device_name.lower()).split())
+    path = Path(folder) if folder else Path(__file__).parent / "tuned"
+    path = path / f"{slug}.json"
+    if not path.is_file():
+        return ()
+    try:
+        rows = json.loads(path.read_text())["entries"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: wants a JSON object with a list 'entries' ({error})") from error
+    return tuple(_entry(path, number, row) for number, row in enumerate(rows))
+
+
+def _entry(path: Path, number: int, row: dict) -> Entry:
+    try:
+        entry = Entry(**{name: row[name] for name in Entry.__dataclass_fields__})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: entry {number}: {error} is missing") from error
+    if entry.product not in PRODUCTS or entry.candidate not in CANDIDATES or min(entry.m, entry.rank) < 1:
+        raise ValueError(f"{path}: entry {number}: got {entry}, wants a known product and candidate, and m, rank >= 1")
+    return entry
+
+
+def from_environment() -> tuple[str | None, str | None]:
+    """The candidate insisted on and the folder of tables, where the environment names them."""
+    return os.environ.get(CANDIDATE_VARIABLE) or None, os.environ.get(TABLE_VARIABLE) or None

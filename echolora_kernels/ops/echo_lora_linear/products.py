@@ -1,0 +1,91 @@
+"""The two large products, each by the candidate that `candidates` picks."""
+
+from __future__ import annotations
+
+import torch
+
+from . import candidates
+from .candidates import Problem
+from .launch import Dropout, Rows, device_of, one_sample
+from .triton_backward_launch import input_backward
+from .triton_forward import linear
+
+
+def linear_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    s: torch.Tensor,
+    lora_b: torch.Tensor,
+    *,
+    bias: torch.Tensor | None,
+    gain: torch.Tensor | None,
+    delta: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    dropout: Dropout,
+    store_z: bool,
+    shape: tuple[int, ...],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """F2 by any candidate; arguments and results as those of `triton_forward.linear`."""
+    candidate = _candidate("forward", x, weight, lora_b.shape[1], gain, dropout)
+    rest = {"bias": bias, "gain": gain, "delta": delta, "mask": mask, "dropout": dropout, "shape": shape}
+    if candidate == "fused":
+        return linear(x, weight, s, lora_b, store_z=store_z, **rest)
+    flat = one_sample(x)[0]
+    with torch.autocast(x.device.type, enabled=False):
+        if candidate == "accumulate":
+            return linear(x, weight, s, lora_b, store_z=store_z, base=torch.mm(flat, weight.t()), **rest)
+        y, _ = linear(x, weight, s, lora_b, contract=False, **rest)
+        rows = y.view(-1, y.shape[-1])
+        torch.addmm(rows, flat, weight.t(), out=rows)
+    return y, None
+
+
+def input_product(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    ds: torch.Tensor,
+    lora_a: torch.Tensor,
+    *,
+    dropout: Dropout,
+    gain: torch.Tensor | None,
+) -> torch.Tensor:
+    """B3 by any candidate; arguments and result as those of `triton_backward_launch.input_backward`."""
+    candidate = _candidate("input-gradient", dy, weight, lora_a.shape[0], gain, dropout)
+    if candidate == "fused":
+        return input_backward(dy, weight, ds, lora_a, dropout=dropout, gain=gain)
+    dx = input_backward(dy, weight, ds, lora_a, dropout=dropout, contract=False)
+    # the gain on W0, [N, K], and not on dY, [M, N]: fewer bytes wherever there are more rows than inputs
+    scaled = weight if gain is None else (weight * gain.unsqueeze(1)).to(weight.dtype)
+    with torch.autocast(dy.device.type, enabled=False):
+        torch.addmm(dx, one_sample(dy)[0], scaled, out=dx)
+    return dx
+
+
+def _candidate(
+    product: str, rows: torch.Tensor, weight: torch.Tensor, rank: int, gain: torch.Tensor | None, dropout: Dropout
+) -> str:
+    insist, folder = candidates.from_environment()
+    problem = Problem(
+        product=product,
+        m=Rows.of(rows).total,
+        n=weight.shape[0],
+        k=weight.shape[1],
+        rank=rank,
+        dtype=str(rows.dtype).removeprefix("torch."),
+        arch=device_of(rows).arch,
+        dora=gain is not None,
+        dropout=dropout.on_base,
+        plain_rows=_plain_rows(rows),
+    )
+    table = candidates.table_for(_device_name(rows.device), folder)
+    return candidates.choose(problem, table, insist).candidate
+
+
+def _plain_rows(rows: torch.Tensor) -> bool:
+    """Whether the vendor's GEMM reads these rows without copying them."""
+    flat = one_sample(rows)
+    return flat.shape[0] == 1 and flat.stride(2) == 1 and (flat.shape[1] == 1 or flat.stride(1) >= flat.shape[2])
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
