@@ -216,8 +216,8 @@ def echo_lora_linear(
         TypeError, ValueError: an argument does not fit, or asks for a gradient that these kernels do not have.
     """
     check_arguments(x, weight, bias, lora_a, lora_b, dropout_p, magnitude, echo, dora_dropout)
+    _check_limits(x, weight, lora_a, Dropout(dropout_p, dora=dora_dropout), magnitude, echo)
     dropout = Dropout.draw(dropout_p, x.device, dora_dropout)
-    _check_limits(x, weight, lora_a, dropout, magnitude, echo)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -246,4 +246,4 @@ def _check_limits(
     if echo is not None and echo.mask.requires_grad:
         raise ValueError("echo.mask: requires a gradient, wants a constant on the triton backend")
     if weight.requires_grad and magnitude is not None and dropout.on_base:
-        raise ValueError("weight: requires a gradient, wants a frozen one for DoRA with exact dropout on the triton backend")
+        raise ValueError("weight: requires a gradient, wants a frozen one for exact DoRA dropout on the triton backend")
