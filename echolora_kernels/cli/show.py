@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,16 @@ class RunDisplay:
         columns = [TextColumn("{task.description:<16}"), BarColumn(bar_width=24), MofNCompleteColumn()]
         columns += [TextColumn(field) for field in fields]
         return Progress(*columns, TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal)
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' bars and notices from breaking the display; our own warnings stay."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for module in ("peft", "transformers"):
+        warnings.filterwarnings("ignore", module=module)
 
 
 def _describe(record: StepRecord) -> str:

@@ -58,6 +58,9 @@ class PeftAdapter(AdaptedLinear):
             return f"none of its adapters is active (active: {self.module.active_adapters})"
         return None
 
+    def trainable(self) -> torch.Tensor:
+        return next(iter(self.module.lora_A.values())).weight
+
     def gain(self) -> torch.Tensor | None:
         adapter = self._only_adapter("gain")
         if adapter not in self.module.lora_variant:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,11 @@ class EchoLoRALinear(nn.Module):
     Raises:
         ValueError: r or lora_dropout out of range.
     """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    magnitude: torch.Tensor | None
+    _unmerged_weight: nn.Parameter | None
 
     def __init__(
         self,
@@ -103,13 +109,14 @@ class EchoLoRALinear(nn.Module):
         self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.weight = base.weight.requires_grad_(False)
-        self.register_parameter("bias", None if base.bias is None else base.bias.requires_grad_(False))
-        kind = {"device": device or base.weight.device, "dtype": dtype or base.weight.dtype}
+        if base.bias is not None:
+            base.bias.requires_grad_(False)
+        self.register_parameter("bias", base.bias)
+        kind: dict[str, Any] = {"device": device or base.weight.device, "dtype": dtype or base.weight.dtype}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **kind))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **kind))
-        magnitude = nn.Parameter(torch.empty(self.out_features, **kind)) if use_dora else None
-        self.register_parameter("magnitude", magnitude)
-        self._unmerged_weight: nn.Parameter | None = None
+        self.register_parameter("magnitude", nn.Parameter(torch.empty(self.out_features, **kind)) if use_dora else None)
+        self._unmerged_weight = None
         self.register_state_dict_pre_hook(_refuse_merged)
         self.reset_adapter()
 
@@ -174,8 +181,8 @@ class EchoLoRALinear(nn.Module):
 
     def unmerge(self) -> None:
         """Undo `merge()`; nothing happens on a layer that is not merged."""
-        if self.merged:
-            original, now = self._unmerged_weight, self.weight
+        original, now = self._unmerged_weight, self.weight
+        if original is not None:
             if original.device != now.device or original.dtype != now.dtype:  # moved while merged
                 original = nn.Parameter(original.to(now), requires_grad=False)
             self.weight = original

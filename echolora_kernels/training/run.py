@@ -160,7 +160,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter beside and rename it into place, so that an earlier one survives a failure."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished, safe_serialization=True)
+    model.save_pretrained(str(unfinished), save_embedding_layers=False)  # no embedding is trained
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 
