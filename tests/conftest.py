@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest_plugins = ["folders"]
+
 torch.set_num_threads(1)  # two test processes share two cores
 
 

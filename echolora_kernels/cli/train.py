@@ -113,17 +113,23 @@ def train(
     from ..training.run import train as run  # loads transformers: not for --help
 
     quiet_libraries()
-    metrics = run(
-        settings,
-        output,
-        RunDisplay(),
-        resume=resume,
-        overwrite=overwrite,
-        save_every=save_every,
-        keep=keep,
-        eval_batch_size=eval_batch_size,
-        max_new_tokens=max_new_tokens,
-    )
+    try:
+        metrics = run(
+            settings,
+            output,
+            RunDisplay(),
+            resume=resume,
+            overwrite=overwrite,
+            save_every=save_every,
+            keep=keep,
+            eval_batch_size=eval_batch_size,
+            max_new_tokens=max_new_tokens,
+        )
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted; the same command with --resume goes on from the last checkpoint in {output}", err=True
+        )
+        raise typer.Exit(130) from None
     if json_output:
         typer.echo(json.dumps({key: value for key, value in metrics.items() if key != "history"}, indent=2))
     else:
