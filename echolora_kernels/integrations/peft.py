@@ -13,6 +13,7 @@ from peft.tuners.lora import layer as lora_layers
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import transpose
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -22,7 +23,11 @@ from ..ops.dora_norm.reference import dora_gain
 from ..ops.echo_lora_linear import Echo
 from .adapters import AdaptedLinear, ReadEcho, check_positions
 
-_NOT_LINEAR = (lora_layers.Embedding, lora_layers._ConvNd)
+_NOT_LINEAR = tuple(
+    getattr(lora_layers, name)
+    for name in ("Embedding", "_ConvNd", "MultiheadAttention", "ParamWrapper")
+    if hasattr(lora_layers, name)
+)
 
 
 def peft_adapters(model: nn.Module) -> list[AdaptedLinear]:
@@ -67,7 +72,7 @@ class PeftAdapter(AdaptedLinear):
             return None
         module = self.module
         return dora_gain(
-            dequantize_module_weight(module.get_base_layer()),
+            transpose(dequantize_module_weight(module.get_base_layer()), getattr(module, "fan_in_fan_out", False)),
             module.lora_A[adapter].weight,
             module.lora_B[adapter].weight,
             module.scaling[adapter],

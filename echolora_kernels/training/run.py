@@ -204,12 +204,18 @@ def _prepare(output: Path, settings: TrainSettings, resume: bool, overwrite: boo
             f"output: {output} already holds a run; give --resume to go on or --overwrite to discard it"
         )
     output.mkdir(parents=True, exist_ok=True)
-    if overwrite or checkpoint is None:
+    if overwrite or not occupied:
         return None
-    state = read_state(checkpoint)
+    metrics = output / METRICS
+    if metrics.is_file():
+        earlier, state = metrics, json.loads(metrics.read_text())
+    elif checkpoint is not None:
+        earlier, state = checkpoint, read_state(checkpoint)
+    else:
+        return None
     differing = _differences(state["settings"], settings.to_dict())
     if differing:
-        raise CheckpointError(f"{checkpoint}: belongs to a run with other settings: " + "; ".join(differing))
+        raise CheckpointError(f"{earlier}: belongs to a run with other settings: " + "; ".join(differing))
     return state["accuracy_before"]
 
 
