@@ -25,7 +25,7 @@ class AdaptedLinear(ABC):
 
     module: Any
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: Any) -> None:
         self.name, self.module = name, module
 
     @abstractmethod

@@ -24,19 +24,20 @@ from ..ops.echo_lora_linear import Echo
 from .adapters import AdaptedLinear, ReadEcho, check_positions
 
 _NOT_LINEAR = tuple(
-    getattr(lora_layers, name)
-    for name in ("Embedding", "_ConvNd", "MultiheadAttention", "ParamWrapper")
-    if hasattr(lora_layers, name)
+    getattr(lora_layers, name) for name in ("Embedding", "_ConvNd", "ParamWrapper") if hasattr(lora_layers, name)
 )
 
 
 def peft_adapters(model: nn.Module) -> list[AdaptedLinear]:
     """The LoRA and DoRA layers of PEFT in `model` that wrap a linear."""
-    return [
-        PeftAdapter(name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and isinstance(module, nn.Module) and not isinstance(module, _NOT_LINEAR)
-    ]
+    found: list[AdaptedLinear] = []
+    attention: list[str] = []  # PEFT's MultiheadAttention reads its inner linear's weights without calling it
+    for name, module in model.named_modules():
+        if isinstance(module, lora_layers.MultiheadAttention):
+            attention.append(name + ".")
+        elif isinstance(module, LoraLayer) and not isinstance(module, _NOT_LINEAR):
+            found.append(PeftAdapter(name, module))
+    return [adapter for adapter in found if not adapter.name.startswith(tuple(attention))]
 
 
 class PeftAdapter(AdaptedLinear):

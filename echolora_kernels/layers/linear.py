@@ -32,7 +32,7 @@ class EchoLoRALinear(nn.Module):
 
     Attributes:
         weight: [d_out, d_in], frozen. bias: [d_out] or None, frozen.
-        lora_A: [r, d_in]. lora_B: [d_out, r]. magnitude: [d_out] or None.
+        lora_A: [r, d_in]. lora_B: [d_out, r]. magnitude: [d_out] or None; float32 or wider.
         scaling: s. merged: whether `weight` currently contains the adapter.
 
     Raises:
@@ -115,9 +115,12 @@ class EchoLoRALinear(nn.Module):
         kind: dict[str, Any] = {"device": device or base.weight.device, "dtype": dtype or base.weight.dtype}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **kind))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **kind))
+        if use_dora:  # never narrower than float32: rounded, it would not start as the frozen layer
+            kind["dtype"] = torch.promote_types(kind["dtype"], torch.float32)
         self.register_parameter("magnitude", nn.Parameter(torch.empty(self.out_features, **kind)) if use_dora else None)
         self._unmerged_weight = None
-        self.register_state_dict_pre_hook(_refuse_merged)
+        self.register_state_dict_pre_hook(_refuse_to_save)
+        self.register_load_state_dict_pre_hook(_refuse_to_load)
         self.reset_adapter()
 
     @torch.no_grad()
@@ -204,9 +207,18 @@ class EchoLoRALinear(nn.Module):
         return text + f", use_dora={self.magnitude is not None}, use_rslora={self.use_rslora}"
 
 
-def _refuse_merged(layer: EchoLoRALinear, prefix: str, keep_vars: bool) -> None:
+def _refuse_to_save(layer: EchoLoRALinear, prefix: str, keep_vars: bool) -> None:
     if layer.merged:
-        name = prefix.rstrip(".") or "layer"
         raise RuntimeError(
-            f"{name}: a merged layer's state would hold the adapter twice; unmerge() first, or use merged_linear()"
+            f"{_name(prefix)}: a merged layer's state would hold the adapter twice; "
+            "unmerge() first, or use merged_linear()"
         )
+
+
+def _refuse_to_load(layer: EchoLoRALinear, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    if layer.merged:
+        raise RuntimeError(f"{_name(prefix)}: a merged layer cannot load a state; unmerge() first")
+
+
+def _name(prefix: str) -> str:
+    return prefix.rstrip(".") or "layer"

@@ -83,10 +83,8 @@ def test_a_source_that_is_not_detached_changes_the_gradient():
     assert names and any(not torch.allclose(found[0][name], found[1][name]) for name in names)
 
 
-@pytest.mark.parametrize(("kd_detach", "echo_learns", "adapter_off_learns"), [
-    ("on", False, True), ("none", True, True), ("off", True, False),
-])  # fmt: skip
-def test_what_distillation_teaches(kd_detach, echo_learns, adapter_off_learns):
+@pytest.mark.parametrize(("kd_detach", "echo_learns"), [("on", False), ("none", True), ("off", True)])
+def test_what_distillation_teaches(kd_detach, echo_learns):
     """Echo networks get gradient from L_on only, unless the teacher is not detached."""
     inputs = batch()
 
@@ -103,19 +101,17 @@ def test_what_distillation_teaches(kd_detach, echo_learns, adapter_off_learns):
     echo = max(value for name, value in difference.items() if name.startswith("echo_networks"))
     assert (echo > 1e-9) == echo_learns
     assert max(value for name, value in difference.items() if "lora_A" in name) > 1e-9
-    if kd_detach != "none":
-        # blocks below the first target see the same activations in both passes
-        assert adapter_off_learns == (kd_detach == "on")
 
 
 def test_an_unrouted_step_is_a_plain_lora_step():
     inputs = batch()
     wrapped = echo_model("peft", always_on(echo_start_probability=0.0, echo_end_probability=0.0))
     calls = []
-    wrapped.model.base_model.model.model.register_forward_hook(lambda *_: calls.append(1))
+    inner = wrapped.model.base_model.model.model
+    inner.register_forward_hook(lambda m, args, kwargs, out: calls.append(kwargs["use_cache"]), with_kwargs=True)
     output = wrapped(**inputs)
     output.loss.backward()
-    assert len(calls) == 1
+    assert calls == [False]  # one pass, and no key-value cache kept for nothing
     assert not output.routed and output.loss_on is None and output.loss_kd is None
     torch.testing.assert_close(output.loss.detach(), output.loss_off)
     assert all(parameter.grad is None for parameter in wrapped.echo_networks.parameters())

@@ -190,6 +190,20 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, settings, damage):
         train(settings, tmp_path, Silent(), resume=True)
 
 
+def test_accumulated_micro_batches_are_one_batch(tmp_path, settings):
+    """Answers of one, two and three tokens would weigh differently if each micro-batch were averaged alone."""
+    lines = [{"instruction": f"What is {n} ?", "output": " ".join(["red"] * (n % 3 + 1))} for n in range(40)]
+    data = tmp_path / "uneven.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    found = []
+    for batch_size, accumulate in ((6, 1), (2, 3)):
+        changes = {"batch_size": batch_size, "accumulate": accumulate, "data": str(data), "dropout": 0.0, "steps": 3}
+        found.append(train(dataclasses.replace(settings, **changes), tmp_path / str(accumulate), Silent())["history"])
+    for whole, parts in zip(*found, strict=True):
+        assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+        assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+
+
 @pytest.mark.parametrize(("change", "word"), [
     ({"method": "full"}, "method"), ({"dtype": "float16"}, "dtype"), ({"rank": 0}, "rank"), ({"steps": 0}, "steps"),
     ({"lr": 0.0}, "lr"), ({"dropout": 1.0}, "dropout"), ({"warmup": -0.1}, "warmup"), ({"batch_size": 0}, "batch_size"),

@@ -45,7 +45,7 @@ def echo_lora_linear(
         if dropout_p == 0.0:
             y = gain * (base + update)
         else:  # as PEFT: the DoRA correction sees the dropped input, the frozen layer does not
-            y = base + (gain - 1) * F.linear(dropped.to(x.dtype), weight) + gain * update
+            y = base + (gain - 1) * F.linear(dropped, weight.to(dropped.dtype)) + gain * update
         if bias is not None:
             y = y + bias
     if "output" in injected:
