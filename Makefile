@@ -3,7 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO_OUTPUT ?= runs/demo
-DEMO_FLAGS ?= --steps 60
+DEMO_FLAGS ?= --steps 60 --lr 2e-3
 PYTEST_FLAGS ?=
 
 BIN := .venv/bin
