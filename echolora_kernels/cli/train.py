@@ -110,9 +110,9 @@ def train(
             raise ValueError(f"{name}: got {value}, wants at least 1")
     if threads is not None:
         torch.set_num_threads(threads)
+    quiet_libraries()
     from ..training.run import train as run  # loads transformers: not for --help
 
-    quiet_libraries()
     try:
         metrics = run(
             settings,

@@ -9,7 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from .loop import StepRecord
 
@@ -41,9 +41,12 @@ def plot_losses(history: list[StepRecord], title: str, path: Path) -> None:
         distillation.vlines(routed, 0, 0.07, transform=marks, color="#495057", linewidth=0.8, label="routed step")
     for panel in panels[:, 0]:
         panel.set_yscale("log")
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", which="major", alpha=0.25)
         panel.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2)
+    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    losses.yaxis.set_major_formatter("{x:g}")
     last = panels[-1, 0]
     last.set_xlabel("optimizer step")
     last.xaxis.set_major_locator(MaxNLocator(integer=True))

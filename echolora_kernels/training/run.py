@@ -246,6 +246,8 @@ def _metrics(
         "held_out_questions": held_out,
         "reload_max_abs_logit_difference": difference,
         "seconds_per_step": statistics.median(record.seconds for record in history),
+        "seconds_per_routed_step": _median([record.seconds for record in history if record.routed]),
+        "seconds_per_plain_step": _median([record.seconds for record in history if not record.routed]),
         "tokens_per_second": sum(record.tokens for record in history) / sum(record.seconds for record in history),
         "routed_steps": sum(record.routed for record in history),
         "final_loss_off": statistics.fmean(record.loss_off for record in history[-10:]),
@@ -256,3 +258,7 @@ def _metrics(
         "settings": settings.to_dict(),
         "history": [dataclasses.asdict(record) for record in history],
     }
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
