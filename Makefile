@@ -3,7 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO_OUTPUT ?= runs/demo
-DEMO_FLAGS ?= --steps 60
+DEMO_FLAGS ?= --steps 60 --lr 2e-3
 PYTEST_FLAGS ?=
 
 BIN := .venv/bin
@@ -20,7 +20,7 @@ test: $(READY) ## the whole test-suite
 	$(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
 
 bench: $(READY) ## time the layers against PEFT and the frozen linear
-	$(BIN)/python -m pytest benchmarks -o testpaths=benchmarks $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(PYTEST_FLAGS)
 
 lint: $(READY) ## style and types
 	$(PIP) install ".[dev]"

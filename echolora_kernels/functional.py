@@ -84,6 +84,9 @@ def echo_network(
 
     Returns:
         Delta, [N, width].
+
+    Raises:
+        ValueError: a shape does not fit; the message names the argument.
     """
     implementation = backends.choose("echo_network", backend, u.device)
     return implementation(u, proj_down, proj_up, gate_down, gate_up, gate_bias, scale)

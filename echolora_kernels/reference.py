@@ -1,8 +1,47 @@
-"""The operators in plain PyTorch, float64-clean: same signatures as `functional`, without `backend`."""
+"""The operators in plain PyTorch, float64-clean: the specification every backend is measured against."""
 
+from __future__ import annotations
+
+import torch
+
+from . import functional
 from .ops.dora_norm.reference import dora_norm
 from .ops.echo_distillation.reference import echo_distillation
-from .ops.echo_lora_linear.reference import echo_lora_linear
+from .ops.echo_lora_linear import Echo
 from .ops.echo_network.reference import echo_network
 
 __all__ = ["dora_norm", "echo_distillation", "echo_lora_linear", "echo_network"]
+
+
+def echo_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    *,
+    dropout_p: float = 0.0,
+    magnitude: torch.Tensor | None = None,
+    echo: Echo | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """`functional.echo_lora_linear` by the reference: a drop-in for it, whatever backend would be chosen there.
+
+    Raises:
+        ValueError: `backend` names another one.
+    """
+    if backend not in (None, "reference"):
+        raise ValueError(f"backend: got {backend!r}, wants 'reference' or None here")
+    return functional.echo_lora_linear(
+        x,
+        weight,
+        bias,
+        lora_a,
+        lora_b,
+        scaling,
+        dropout_p=dropout_p,
+        magnitude=magnitude,
+        echo=echo,
+        backend="reference",
+    )

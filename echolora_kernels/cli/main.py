@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; exit status 1 for errors a user can mend, 130 when interrupted."""
+    """Run the command line; exit status 1 for errors a user can mend."""
     try:
         import typer
 
@@ -18,8 +18,6 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         typer.main.get_command(app)(args=arguments, prog_name="echolora")
-    except KeyboardInterrupt:
-        sys.exit(130)
     except Exception as error:
         if debug:
             raise
@@ -28,3 +26,7 @@ def main() -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    main()

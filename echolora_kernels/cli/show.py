@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +55,21 @@ class RunDisplay:
         return Progress(*columns, TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal)
 
 
+def quiet_libraries() -> None:
+    """Keep other libraries' bars and notices from breaking the display; our own warnings stay.
+
+    Call it before they are imported: tqdm reads its variable only then.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for module in ("peft", "transformers"):
+        warnings.filterwarnings("ignore", module=module)
+
+
 def _describe(record: StepRecord) -> str:
     text = f"off {record.loss_off:.3f}"
     if record.loss_on is not None:
@@ -69,7 +87,11 @@ def print_summary(metrics: dict[str, Any], output: Path) -> None:
         "exact match before": f"{metrics['accuracy_before']:.1%} of {metrics['held_out_questions']}",
         "exact match after": f"{metrics['accuracy_after']:.1%} of {metrics['held_out_questions']}",
         "loss of the deployed branch": f"{metrics['final_loss_off']:.3f} nats a token (last 10 steps)",
-        "seconds a step (median)": f"{metrics['seconds_per_step']:.2f}",
+        "seconds a step (median)": ", ".join(
+            f"{metrics[key]:.2f} {kind}"
+            for key, kind in (("seconds_per_routed_step", "with echo"), ("seconds_per_plain_step", "without"))
+            if metrics[key] is not None
+        ),
         "tokens a second": f"{metrics['tokens_per_second']:.0f}",
         "steps with echo": f"{metrics['routed_steps']} of {settings['steps']}",
         "reloaded by stock PEFT": f"largest logit difference {metrics['reload_max_abs_logit_difference']:g}",

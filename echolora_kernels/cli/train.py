@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -13,13 +13,13 @@ from typer import Option
 
 from ..method.config import EchoConfig
 from ..training.settings import DEFAULT_TARGETS, TrainSettings
-from .show import RunDisplay, print_summary
+from .show import RunDisplay, print_summary, quiet_libraries
 
 _METHOD, _ADAPTER, _OPTIMISER, _DATA, _ECHO, _RUN = (
     "What to train", "Adapter", "Optimiser", "Data", "Echo", "Run"
 )  # fmt: skip
-_DEFAULT = {f.name: f.default for f in dataclasses.fields(TrainSettings)}
-_ECHO_DEFAULT = {f.name: f.default for f in dataclasses.fields(EchoConfig)}
+_DEFAULT: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(TrainSettings)}
+_ECHO_DEFAULT: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(EchoConfig)}
 
 
 def train(
@@ -28,7 +28,7 @@ def train(
     output: Annotated[Path, Option(help="Folder for adapter, metrics.json, loss.png and checkpoints.", rich_help_panel=_METHOD)],
     method: Annotated[str, Option(help="lora, dora, echo-lora or echo-dora.", rich_help_panel=_METHOD)] = _DEFAULT["method"],
     rank: Annotated[int, Option(help="Rank r.", rich_help_panel=_ADAPTER)] = _DEFAULT["rank"],
-    alpha: Annotated[float, Option(help="Scaling is alpha / r.", rich_help_panel=_ADAPTER)] = _DEFAULT["alpha"],
+    alpha: Annotated[int, Option(help="Scaling is alpha / r.", rich_help_panel=_ADAPTER)] = _DEFAULT["alpha"],
     dropout: Annotated[float, Option(help="Dropout before A.", rich_help_panel=_ADAPTER)] = _DEFAULT["dropout"],
     rslora: Annotated[bool, Option("--rslora", help="Scaling alpha / sqrt(r).", rich_help_panel=_ADAPTER)] = False,
     target_modules: Annotated[str, Option(help="Comma-separated linears that get an adapter.", rich_help_panel=_ADAPTER)] = ",".join(DEFAULT_TARGETS),
@@ -110,19 +110,26 @@ def train(
             raise ValueError(f"{name}: got {value}, wants at least 1")
     if threads is not None:
         torch.set_num_threads(threads)
+    quiet_libraries()
     from ..training.run import train as run  # loads transformers: not for --help
 
-    metrics = run(
-        settings,
-        output,
-        RunDisplay(),
-        resume=resume,
-        overwrite=overwrite,
-        save_every=save_every,
-        keep=keep,
-        eval_batch_size=eval_batch_size,
-        max_new_tokens=max_new_tokens,
-    )
+    try:
+        metrics = run(
+            settings,
+            output,
+            RunDisplay(),
+            resume=resume,
+            overwrite=overwrite,
+            save_every=save_every,
+            keep=keep,
+            eval_batch_size=eval_batch_size,
+            max_new_tokens=max_new_tokens,
+        )
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted; the same command with --resume goes on from the last checkpoint in {output}", err=True
+        )
+        raise typer.Exit(130) from None
     if json_output:
         typer.echo(json.dumps({key: value for key, value in metrics.items() if key != "history"}, indent=2))
     else:

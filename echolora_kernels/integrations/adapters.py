@@ -23,7 +23,9 @@ class AdaptedLinear(ABC):
         name: its name in the model. module: the module itself.
     """
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    module: Any
+
+    def __init__(self, name: str, module: Any) -> None:
         self.name, self.module = name, module
 
     @abstractmethod
@@ -42,14 +44,9 @@ class AdaptedLinear(ABC):
     def install(self, read: ReadEcho) -> Any:
         """Make every forward pass of the module ask `read()` for its echo; returns a handle with `remove()`."""
 
-    def where(self) -> tuple[torch.device, torch.dtype]:
-        """Device and dtype of the trainable adapter parameters."""
-        parameter = (
-            next(iter(self.module.lora_A.parameters()))
-            if isinstance(self.module.lora_A, nn.Module)
-            else self.module.lora_A
-        )
-        return parameter.device, parameter.dtype
+    @abstractmethod
+    def trainable(self) -> torch.Tensor:
+        """One of the adapter's parameters; tells the device and dtype of all of them."""
 
 
 class NativeAdapter(AdaptedLinear):
@@ -63,6 +60,9 @@ class NativeAdapter(AdaptedLinear):
 
     def why_inactive(self) -> str | None:
         return "it is merged" if self.module.merged else None
+
+    def trainable(self) -> torch.Tensor:
+        return self.module.lora_A
 
     def gain(self) -> torch.Tensor | None:
         return self.module.gain()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
+
+from ..errors import EchoLoRAError
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -15,7 +19,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         ValueError: there is no such list, or more than one.
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    depth = _configured_depth(model)
+    depth = getattr(_text_config(model), "num_hidden_layers", None)
     if depth is None:
         depth = max((len(module) for _, module in lists), default=0)
         wanted = "at least one torch.nn.ModuleList of blocks"
@@ -28,11 +32,21 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return found[0]
 
 
-def _configured_depth(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    return getattr(config, "num_hidden_layers", None)
+def hidden_width(model: nn.Module) -> int:
+    """d, the width of block outputs: the configuration's `hidden_size`, else that of the first embedding."""
+    width = getattr(_text_config(model), "hidden_size", None)
+    if width is not None:
+        return width
+    embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    if embedding is None:
+        raise EchoLoRAError("model: the width of its blocks is unknown; give it a `config` with `hidden_size`")
+    return embedding.embedding_dim
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, also inside a multi-modal one; None where there is none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _inside_no_other(name: str, lists: list[tuple[str, nn.ModuleList]], depth: int) -> bool:

@@ -13,6 +13,7 @@ from peft.tuners.lora import layer as lora_layers
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import transpose
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -22,16 +23,21 @@ from ..ops.dora_norm.reference import dora_gain
 from ..ops.echo_lora_linear import Echo
 from .adapters import AdaptedLinear, ReadEcho, check_positions
 
-_NOT_LINEAR = (lora_layers.Embedding, lora_layers._ConvNd)
+_NOT_LINEAR = tuple(
+    getattr(lora_layers, name) for name in ("Embedding", "_ConvNd", "ParamWrapper") if hasattr(lora_layers, name)
+)
 
 
 def peft_adapters(model: nn.Module) -> list[AdaptedLinear]:
     """The LoRA and DoRA layers of PEFT in `model` that wrap a linear."""
-    return [
-        PeftAdapter(name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and isinstance(module, nn.Module) and not isinstance(module, _NOT_LINEAR)
-    ]
+    found: list[AdaptedLinear] = []
+    attention: list[str] = []  # PEFT's MultiheadAttention reads its inner linear's weights without calling it
+    for name, module in model.named_modules():
+        if isinstance(module, lora_layers.MultiheadAttention):
+            attention.append(name + ".")
+        elif isinstance(module, LoraLayer) and not isinstance(module, _NOT_LINEAR):
+            found.append(PeftAdapter(name, module))
+    return [adapter for adapter in found if not adapter.name.startswith(tuple(attention))]
 
 
 class PeftAdapter(AdaptedLinear):
@@ -58,13 +64,16 @@ class PeftAdapter(AdaptedLinear):
             return f"none of its adapters is active (active: {self.module.active_adapters})"
         return None
 
+    def trainable(self) -> torch.Tensor:
+        return next(iter(self.module.lora_A.values())).weight
+
     def gain(self) -> torch.Tensor | None:
         adapter = self._only_adapter("gain")
         if adapter not in self.module.lora_variant:
             return None
         module = self.module
         return dora_gain(
-            dequantize_module_weight(module.get_base_layer()),
+            transpose(dequantize_module_weight(module.get_base_layer()), getattr(module, "fan_in_fan_out", False)),
             module.lora_A[adapter].weight,
             module.lora_B[adapter].weight,
             module.scaling[adapter],

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ def load_model(
     """
     source = resolve_model(spec)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except OSError as error:
         if Path(source).is_dir():
@@ -43,7 +44,8 @@ def load_model(
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device), tokenizer
+    model.to(torch.device(device))
+    return model, tokenizer
 
 
 def resolve_model(spec: str) -> str:
@@ -83,7 +85,7 @@ def _converted(gguf: Path) -> Path:
     unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         model.hf_quantizer = None  # the weights are dequantised by now; without this they refuse to be saved
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,12 +32,17 @@ class EchoLoRALinear(nn.Module):
 
     Attributes:
         weight: [d_out, d_in], frozen. bias: [d_out] or None, frozen.
-        lora_A: [r, d_in]. lora_B: [d_out, r]. magnitude: [d_out] or None.
+        lora_A: [r, d_in]. lora_B: [d_out, r]. magnitude: [d_out] or None; float32 or wider.
         scaling: s. merged: whether `weight` currently contains the adapter.
 
     Raises:
         ValueError: r or lora_dropout out of range.
     """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    magnitude: torch.Tensor | None
+    _unmerged_weight: nn.Parameter | None
 
     def __init__(
         self,
@@ -103,14 +109,18 @@ class EchoLoRALinear(nn.Module):
         self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.weight = base.weight.requires_grad_(False)
-        self.register_parameter("bias", None if base.bias is None else base.bias.requires_grad_(False))
-        kind = {"device": device or base.weight.device, "dtype": dtype or base.weight.dtype}
+        if base.bias is not None:
+            base.bias.requires_grad_(False)
+        self.register_parameter("bias", base.bias)
+        kind: dict[str, Any] = {"device": device or base.weight.device, "dtype": dtype or base.weight.dtype}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **kind))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **kind))
-        magnitude = nn.Parameter(torch.empty(self.out_features, **kind)) if use_dora else None
-        self.register_parameter("magnitude", magnitude)
-        self._unmerged_weight: nn.Parameter | None = None
-        self.register_state_dict_pre_hook(_refuse_merged)
+        if use_dora:  # never narrower than float32: rounded, it would not start as the frozen layer
+            kind["dtype"] = torch.promote_types(kind["dtype"], torch.float32)
+        self.register_parameter("magnitude", nn.Parameter(torch.empty(self.out_features, **kind)) if use_dora else None)
+        self._unmerged_weight = None
+        self.register_state_dict_pre_hook(_refuse_to_save)
+        self.register_load_state_dict_pre_hook(_refuse_to_load)
         self.reset_adapter()
 
     @torch.no_grad()
@@ -174,8 +184,8 @@ class EchoLoRALinear(nn.Module):
 
     def unmerge(self) -> None:
         """Undo `merge()`; nothing happens on a layer that is not merged."""
-        if self.merged:
-            original, now = self._unmerged_weight, self.weight
+        original, now = self._unmerged_weight, self.weight
+        if original is not None:
             if original.device != now.device or original.dtype != now.dtype:  # moved while merged
                 original = nn.Parameter(original.to(now), requires_grad=False)
             self.weight = original
@@ -197,9 +207,18 @@ class EchoLoRALinear(nn.Module):
         return text + f", use_dora={self.magnitude is not None}, use_rslora={self.use_rslora}"
 
 
-def _refuse_merged(layer: EchoLoRALinear, prefix: str, keep_vars: bool) -> None:
+def _refuse_to_save(layer: EchoLoRALinear, prefix: str, keep_vars: bool) -> None:
     if layer.merged:
-        name = prefix.rstrip(".") or "layer"
         raise RuntimeError(
-            f"{name}: a merged layer's state would hold the adapter twice; unmerge() first, or use merged_linear()"
+            f"{_name(prefix)}: a merged layer's state would hold the adapter twice; "
+            "unmerge() first, or use merged_linear()"
         )
+
+
+def _refuse_to_load(layer: EchoLoRALinear, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    if layer.merged:
+        raise RuntimeError(f"{_name(prefix)}: a merged layer cannot load a state; unmerge() first")
+
+
+def _name(prefix: str) -> str:
+    return prefix.rstrip(".") or "layer"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -47,7 +49,7 @@ class EchoNetwork(nn.Module):
         for name, size in (("width", width), ("out_features", out_features), ("bottleneck", bottleneck)):
             if size < 1:
                 raise ValueError(f"{name}: got {size}, wants at least 1")
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.proj_down = nn.Linear(width, bottleneck, bias=False, **kind)
         self.proj_up = nn.Linear(bottleneck, out_features, bias=False, **kind)
         self.gate_down = nn.Linear(width, bottleneck, bias=False, **kind)

@@ -23,7 +23,7 @@ class Injector:
     """
 
     def __init__(self, targets: dict[str, AdaptedLinear], blocks: Iterable[nn.Module]) -> None:
-        self._blocks = list(blocks)
+        self._blocks: list[Any] = list(blocks)  # with transformers' checkpointing attributes
         self._current: EchoPass | None = None
         self._handles = [target.install(self._reader(key)) for key, target in targets.items()]
 

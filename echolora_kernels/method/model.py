@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import EchoLoRAError
 from ..integrations.adapters import AdaptedLinear, adapted_linears
-from ..integrations.blocks import decoder_blocks
+from ..integrations.blocks import decoder_blocks, hidden_width
 from ..layers.network import EchoNetwork
 from .config import EchoConfig
 from .inject import Injector
@@ -54,7 +53,8 @@ class EchoLoRA(nn.Module):
         blocks_name, blocks = decoder_blocks(model)
         self.source_layers, self.target_layers = config.layers(len(blocks))
         targets = _find_targets(model, config, blocks_name, self.target_layers)
-        networks = {key: _network_for(target, config, _hidden_width(model, target)) for key, target in targets.items()}
+        width = hidden_width(model)
+        networks = {key: _network_for(target, config, width) for key, target in targets.items()}
 
         # nothing of the model has been touched up to here
         self.model, self.echo_config, self.step = model, config, 0
@@ -100,7 +100,7 @@ class EchoLoRA(nn.Module):
                 kwargs["num_items_in_batch"] = num_items_in_batch
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
-        _check_batch(input_ids, attention_mask, labels)
+        labels = _checked_labels(input_ids, attention_mask, labels)
         self._check_active()
         if getattr(getattr(self.model, "config", None), "use_cache", None) is not None:
             kwargs.setdefault("use_cache", False)
@@ -210,33 +210,21 @@ def _find_targets(
 
 
 def _network_for(target: AdaptedLinear, config: EchoConfig, width: int) -> EchoNetwork:
-    device, dtype = target.where()
+    parameter = target.trainable()
     return EchoNetwork(
         width,
         target.width(config.site),
         config.bottleneck,
         gate_bias=config.gate_bias,
         scale=config.scale,
-        device=device,
-        dtype=dtype,
+        device=parameter.device,
+        dtype=parameter.dtype,
     )
 
 
-def _hidden_width(model: nn.Module, target: AdaptedLinear) -> int:
-    """d, the width of block outputs."""
-    config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    width = getattr(config, "hidden_size", None)
-    if width is not None:
-        return width
-    embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
-    if embedding is None:
-        raise EchoLoRAError("model: the width of its blocks is unknown; give it a `config` with `hidden_size`")
-    return embedding.embedding_dim
-
-
-def _check_batch(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None) -> None:
+def _checked_labels(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None
+) -> torch.Tensor:
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         got = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids: got {got}, wants an integer tensor [N, T]")
@@ -251,6 +239,7 @@ def _check_batch(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, l
             raise ValueError(f"{name}: got device {tensor.device}, wants {input_ids.device} as input_ids")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: got dtype {labels.dtype}, wants torch.int64")
+    return labels
 
 
 def _logits(output: Any) -> torch.Tensor:

@@ -76,10 +76,10 @@ def _echoes(echo_lora: EchoLoRA, u: torch.Tensor, mask: torch.Tensor) -> dict[st
     config = echo_lora.echo_config
     echoes = {}
     for key, network in echo_lora.echo_networks.items():
-        weight = network.proj_down.weight
-        delta = network(u.to(weight))
+        parameter = next(network.parameters())
+        delta = network(u.to(parameter))
         if config.dora_echo == "inside":
             gain = echo_lora.targets[key].gain()
             delta = delta if gain is None else gain * delta
-        echoes[key] = Echo(delta, mask.to(weight.device), config.site)
+        echoes[key] = Echo(delta, mask.to(parameter.device), config.site)
     return echoes

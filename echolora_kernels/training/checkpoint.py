@@ -69,7 +69,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: a file is missing or damaged, or holds other parameters; then nothing was changed.
     """
-    parameters = dict(parameters)
+    named = dict(parameters)
     try:
         weights = load_file(path / "weights.safetensors")
         moments = load_file(path / "optimizer.safetensors")
@@ -79,18 +79,18 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: cannot be read ({error}); remove it to fall back on the one before") from error
     differing = sorted(
         name
-        for name in weights.keys() | parameters.keys()
-        if name not in weights or name not in parameters or weights[name].shape != parameters[name].shape
+        for name in weights.keys() | named.keys()
+        if name not in weights or name not in named or weights[name].shape != named[name].shape
     )
     if differing:
         raise CheckpointError(f"{path}: belongs to another model; parameters that differ: {', '.join(differing)}")
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in named.items():
             parameter.copy_(weights[name])
     optimizer.state.clear()
     for key, value in moments.items():
         name, _, moment = key.rpartition("/")
-        parameter = parameters[name]
+        parameter = named[name]
         # AdamW keeps its step counter on the CPU
         optimizer.state[parameter][moment] = value if moment == "step" else value.to(parameter.device)
     torch.set_rng_state(generators["cpu"])

@@ -160,7 +160,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter beside and rename it into place, so that an earlier one survives a failure."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished, safe_serialization=True)
+    model.save_pretrained(str(unfinished), save_embedding_layers=False)  # no embedding is trained
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 
@@ -204,12 +204,18 @@ def _prepare(output: Path, settings: TrainSettings, resume: bool, overwrite: boo
             f"output: {output} already holds a run; give --resume to go on or --overwrite to discard it"
         )
     output.mkdir(parents=True, exist_ok=True)
-    if overwrite or checkpoint is None:
+    if overwrite or not occupied:
         return None
-    state = read_state(checkpoint)
+    metrics = output / METRICS
+    if metrics.is_file():
+        earlier, state = metrics, json.loads(metrics.read_text())
+    elif checkpoint is not None:
+        earlier, state = checkpoint, read_state(checkpoint)
+    else:
+        return None
     differing = _differences(state["settings"], settings.to_dict())
     if differing:
-        raise CheckpointError(f"{checkpoint}: belongs to a run with other settings: " + "; ".join(differing))
+        raise CheckpointError(f"{earlier}: belongs to a run with other settings: " + "; ".join(differing))
     return state["accuracy_before"]
 
 
@@ -240,6 +246,8 @@ def _metrics(
         "held_out_questions": held_out,
         "reload_max_abs_logit_difference": difference,
         "seconds_per_step": statistics.median(record.seconds for record in history),
+        "seconds_per_routed_step": _median([record.seconds for record in history if record.routed]),
+        "seconds_per_plain_step": _median([record.seconds for record in history if not record.routed]),
         "tokens_per_second": sum(record.tokens for record in history) / sum(record.seconds for record in history),
         "routed_steps": sum(record.routed for record in history),
         "final_loss_off": statistics.fmean(record.loss_off for record in history[-10:]),
@@ -250,3 +258,7 @@ def _metrics(
         "settings": settings.to_dict(),
         "history": [dataclasses.asdict(record) for record in history],
     }
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None

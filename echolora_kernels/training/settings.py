@@ -40,7 +40,7 @@ class TrainSettings:
     eval_data: str | None = None
     method: str = "echo-lora"
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     dropout: float = 0.0
     rslora: bool = False
     target_modules: tuple[str, ...] = DEFAULT_TARGETS

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
+from torch.amp import is_autocast_available
 
 
 @torch.no_grad()
@@ -21,7 +24,9 @@ def dora_norm(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, 
         [d_out], in float32 or wider.
     """
     dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_a.dtype), torch.float32)
-    with torch.autocast(weight.device.type, enabled=False):
+    device_type = weight.device.type
+    guard = torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()
+    with guard:
         adapted = weight.to(dtype) + scaling * (lora_b.to(dtype) @ lora_a.to(dtype))
     return torch.linalg.vector_norm(adapted, dim=1)
 

@@ -36,12 +36,17 @@ def check_arguments(
         _want_shape("magnitude", magnitude, (d_out,))
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {dropout_p}, wants 0 <= dropout_p < 1")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"x: got dtype {x.dtype}, wants {weight.dtype} as weight (or autocast)")
-    others = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b, "magnitude": magnitude}
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
+    everything = {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b, "magnitude": magnitude}
+    for name, tensor in everything.items():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, wants a floating dtype")
+        if tensor.device != x.device:
             raise ValueError(f"{name}: got device {tensor.device}, wants {x.device} as x")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, wants {weight.dtype} as weight (or autocast)")
     if echo is not None:
         _check_echo(x, echo, {"output": d_out, "adapter_input": d_in, "rank": rank}[echo.site])
 

@@ -9,7 +9,7 @@ import torch
 SITES = ("output", "adapter_input", "rank")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Echo:
     """Per-sample echo vectors and the positions that receive them.
 

@@ -27,13 +27,13 @@ def echo_lora_linear(
     See `echolora_kernels.functional.echo_lora_linear` for the formulas, shapes, dtypes and errors.
     """
     check_arguments(x, weight, bias, lora_a, lora_b, dropout_p, magnitude, echo)
-    site = None if echo is None else echo.site
+    injected = {} if echo is None else {echo.site: echo.spread()}
 
     dropped = F.dropout(x.to(lora_a.dtype), dropout_p)
-    adapter_input = dropped + echo.spread() if site == "adapter_input" else dropped
+    adapter_input = dropped + injected["adapter_input"] if "adapter_input" in injected else dropped
     shrunk = F.linear(adapter_input.to(lora_a.dtype), lora_a)
-    if site == "rank":
-        shrunk = shrunk + echo.spread()
+    if "rank" in injected:
+        shrunk = shrunk + injected["rank"]
     update = F.linear(shrunk.to(lora_b.dtype), lora_b) * scaling
 
     if magnitude is None:
@@ -45,9 +45,9 @@ def echo_lora_linear(
         if dropout_p == 0.0:
             y = gain * (base + update)
         else:  # as PEFT: the DoRA correction sees the dropped input, the frozen layer does not
-            y = base + (gain - 1) * F.linear(dropped.to(x.dtype), weight) + gain * update
+            y = base + (gain - 1) * F.linear(dropped, weight.to(dropped.dtype)) + gain * update
         if bias is not None:
             y = y + bias
-    if site == "output":
-        y = y + echo.spread()
+    if "output" in injected:
+        y = y + injected["output"]
     return y.to(base.dtype)

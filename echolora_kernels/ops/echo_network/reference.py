@@ -29,6 +29,33 @@ def echo_network(
     Returns:
         Delta, [N, width].
     """
+    _check_shapes(u, proj_down, proj_up, gate_down, gate_up, gate_bias, scale)
     projection = F.linear(torch.tanh(F.linear(u, proj_down)), proj_up)
     gate = torch.sigmoid(F.linear(torch.tanh(F.linear(u, gate_down)), gate_up, gate_bias))
     return scale * gate * projection
+
+
+def _check_shapes(
+    u: torch.Tensor,
+    proj_down: torch.Tensor,
+    proj_up: torch.Tensor,
+    gate_down: torch.Tensor,
+    gate_up: torch.Tensor,
+    gate_bias: torch.Tensor,
+    scale: torch.Tensor,
+) -> None:
+    if u.ndim != 2 or proj_down.ndim != 2 or proj_up.ndim != 2:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (u, proj_down, proj_up))
+        raise ValueError(f"u, proj_down, proj_up: got shapes {shapes}, wants [N, d], [m, d], [width, m]")
+    (m, d), width = proj_down.shape, proj_up.shape[0]
+    wanted = {
+        "u": (u, (u.shape[0], d)),
+        "proj_up": (proj_up, (width, m)),
+        "gate_down": (gate_down, (m, d)),
+        "gate_up": (gate_up, (width, m)),
+        "gate_bias": (gate_bias, (width,)),
+        "scale": (scale, ()),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wants {shape}")

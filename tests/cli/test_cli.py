@@ -1,0 +1,137 @@
+"""The command line: help, results, and errors in one line."""
+
+import json
+
+import pytest
+from tiny import base_model
+
+from echolora_kernels import __version__
+from echolora_kernels.cli import main as cli
+from echolora_kernels.training import loop
+
+
+def run(monkeypatch, *arguments):
+    """Exit status of `echolora ARGUMENTS`, run in this process."""
+    monkeypatch.setattr("sys.argv", ["echolora", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    return exit.value.code
+
+
+@pytest.fixture
+def train(monkeypatch, model_folder, data_file, tmp_path):
+    def train(**changes):
+        options = {
+            "model": model_folder, "data": data_file, "output": tmp_path / "run", "steps": 3, "batch-size": 2,
+            "eval-size": 4, "threads": 1, "save-every": 1, **changes,
+        }  # fmt: skip
+        arguments = [part for name, value in options.items() for part in _option(name, value)]
+        return run(monkeypatch, "train", *arguments)
+
+    return train
+
+
+def _option(name, value):
+    return [f"--{name}"] if value is True else [f"--{name}", value]
+
+
+def test_version_and_help(monkeypatch, capsys):
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == __version__
+    assert run(monkeypatch, "train", "--help") == 0
+    help = capsys.readouterr().out
+    assert all(flag in help for flag in ("--model", "--kd-temperature", "--resume")) and "Example:" in help
+
+
+def test_a_run_prints_a_table_and_progress(train, capsys):
+    assert train() == 0
+    printed = capsys.readouterr()
+    assert "exact match after" in printed.out and "largest logit difference 0" in printed.out
+    assert "step 3/3" in printed.err and "tok/s" in printed.err and "p 0." in printed.err
+
+
+def test_json_output_is_json(train, capsys, tmp_path):
+    assert train(json=True, method="lora") == 0
+    printed = json.loads(capsys.readouterr().out)
+    saved = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    del saved["history"]
+    assert printed == saved
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"model": "/no/such/folder"}, ["model", "/no/such/folder"]),
+    ({"model": "x.gguf"}, ["model", "x.gguf", "no such file"]),
+    ({"model": "package:no_such_package"}, ["model", "no_such_package", "not installed"]),
+    ({"model": "package:json"}, ["model", "json", "0 .gguf files"]),
+    ({"data": "no_such_task"}, ["data", "no_such_task"]),
+    ({"data": "missing.json"}, ["missing.json", "cannot be read"]),
+    ({"method": "full"}, ["method", "full", "echo-lora"]),
+    ({"rank": 0}, ["rank", "0", "at least 1"]),
+    ({"save-every": 0}, ["save_every", "0"]),
+    ({"echo-site": "input"}, ["site", "input", "adapter_input"]),
+    ({"source-layers": "4,x"}, ["source_layers", "4,x", "numbers"]),
+    ({"source-layers": "2", "target-layers": "2"}, ["target_layers", "below 2"]),
+    ({"step-mode": "shared"}, ["step_mode", "shared"]),
+    ({"target-modules": "query"}, ["target_modules", "query"]),
+    ({"target-modules": ","}, ["target_modules", "names"]),
+])  # fmt: skip
+def test_errors_are_one_line_and_name_the_argument(train, changes, words, tmp_path):
+    code = train(**changes)
+    assert isinstance(code, str) and code.startswith("echolora: ") and "\n" not in code
+    assert all(word in code for word in words), code
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    arguments = ["--model", "/no/such", "--data", "x", "--output", "y", "--rank", "0"]
+    monkeypatch.setattr("sys.argv", ["echolora", "--debug", "train", *arguments])
+    with pytest.raises(ValueError, match="rank"):
+        cli.main()
+
+
+def test_an_interrupted_run_says_how_to_go_on(train, monkeypatch, capsys):
+    take = loop.Trainer._take_step
+
+    def interrupted(self, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return take(self, step)
+
+    monkeypatch.setattr(loop.Trainer, "_take_step", interrupted)
+    assert train() == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_an_unknown_hub_name_says_what_to_do(train, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code = train(model="nobody/nothing")
+    assert "nobody/nothing" in code and "local folder" in code and "network" in code
+
+
+def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch):
+    """The conversion itself is transformers'; here: where it goes, that it is reused, that a failure leaves nothing."""
+    from echolora_kernels.integrations import transformers as integration
+
+    monkeypatch.setenv("ECHOLORA_CACHE", str(tmp_path / "cache"))
+    gguf = tmp_path / "tiny.gguf"
+    gguf.write_bytes(b"not a gguf file")
+    with pytest.raises(Exception):  # noqa: B017 - whatever the reader says
+        integration.resolve_model(str(gguf))
+    assert list((tmp_path / "cache").iterdir()) == []
+    calls = []
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").write_text("{}")
+
+    def load(pretrained_model_name_or_path, gguf_file, dtype):
+        calls.append(gguf_file)
+        return base_model()
+
+    monkeypatch.setattr(integration.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(integration.AutoTokenizer, "from_pretrained", lambda *_, **__: Tokenizer())
+    folder = integration.resolve_model(str(gguf))
+    assert integration.resolve_model(str(gguf)) == folder and calls == ["tiny.gguf"]
+    gguf.write_bytes(b"another file")
+    assert integration.resolve_model(str(gguf)) != folder and len(calls) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 2

@@ -1,0 +1,57 @@
+"""A tiny model with a tokenizer in a folder, and a data file, as a user would have them."""
+
+import json
+
+import pytest
+import torch
+from tiny import base_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+COLOURS = ["red", "green", "blue"]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """Llama of 6 blocks, width 32, and a word tokenizer."""
+    words = [
+        "Question",
+        ":",
+        "Answer",
+        "What",
+        "is",
+        "the",
+        "colour",
+        "of",
+        "thing",
+        "?",
+        *COLOURS,
+        *map(str, range(10)),
+    ]
+    vocabulary = {word: index for index, word in enumerate(SPECIAL + words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    special = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True))
+    folder = tmp_path_factory.mktemp("model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    base_model(dtype=torch.float32, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory):
+    """Questions of different lengths whose answer follows from the number."""
+    entries = [
+        {
+            "instruction": f"What is the colour of {'the ' * (number % 3)}thing {number % 10} {number // 10} ?",
+            "input": "",
+            "output": COLOURS[number % 3],
+            "answer": COLOURS[number % 3],
+        }
+        for number in range(60)
+    ]
+    path = tmp_path_factory.mktemp("data") / "colours.json"
+    path.write_text(json.dumps(entries, indent=2))
+    return path

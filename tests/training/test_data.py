@@ -1,0 +1,137 @@
+"""Reading questions, turning them into batches, and what is refused on the way."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from echolora_kernels import DataError
+from echolora_kernels.training import data
+from echolora_kernels.training.evaluate import normalise_answer
+
+ENTRY = {"instruction": "What?", "input": "", "output": "the correct answer is answer2", "answer": "answer2"}
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["all.json", "all.jsonl"])
+def test_both_file_forms_read_the_same(tmp_path, name):
+    entries = [ENTRY, {"instruction": "Why?\n", "input": "Because, [", "output": " yes "}]
+    lines = "\n\n".join(map(json.dumps, entries)) if name.endswith("l") else json.dumps(entries, indent=4)
+    assert data.read_llm_adapters(write(tmp_path / name, lines)) == [
+        data.Question("What?", "the correct answer is answer2", "answer2"),
+        data.Question("Why?\n\n\nBecause, [", "yes", "yes"),
+    ]
+
+
+BROKEN = '[\n {"instruction": "a", "output": "b"},\n {"instruction": "a" "output": "b"}\n]'
+
+
+@pytest.mark.parametrize(("name", "text", "words"), [
+    ("a.json", "{}", ["line 1", "array"]),
+    ("a.json", "", ["line 1", "array"]),
+    ("a.json", "[]", ["no entry"]),
+    ("a.jsonl", "\n", ["no entry"]),
+    ("a.json", BROKEN, ["line 3", "not JSON"]),
+    ("a.json", '[\n {"instruction": "a", "output": "b"}\n {"a": 1}]', ["line 3", "','"]),
+    ("a.json", '[\n {"instruction": "a", "output": "b"}', ["line 2", "','"]),
+    ("a.json", '[\n\n {"instruction": "a"}]', ["line 3", "'output'", "None"]),
+    ("a.json", '[{"instruction": "a", "output": "b"},\n\n {"instruction": "", "output": "b"}]', ["line 3", "'instruction'"]),
+    ("a.json", '[{"instruction": "a", "output": 3}]', ["line 1", "'output'", "3"]),
+    ("a.json", '[{"instruction": "a", "output": "b", "input": null}]', ["'input'", "None"]),
+    ("a.json", '["a"]', ["line 1", "str", "object"]),
+    ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction"}', ["line 2", "not JSON"]),
+    ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{"output": "b"}', ["line 3", "'instruction'"]),
+])  # fmt: skip
+def test_malformed_files_are_refused_with_file_line_and_reason(tmp_path, name, text, words):
+    path = write(tmp_path / name, text)
+    with pytest.raises(DataError) as error:
+        data.read_llm_adapters(path)
+    assert all(word in str(error.value) for word in [str(path), *words]), error.value
+
+
+def test_unreadable_files_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"missing\.json.*cannot be read"):
+        data.read_llm_adapters(tmp_path / "missing.json")
+    binary = tmp_path / "binary.json"
+    binary.write_bytes(b"[\xff\xfe]")
+    with pytest.raises(DataError, match=r"binary\.json.*cannot be read"):
+        data.read_llm_adapters(binary)
+    with pytest.raises(DataError, match="no_such_task"):
+        data.generate_questions("no_such_task", 3, 0)
+
+
+def test_reasoning_gym_questions_are_reproducible_and_held_out_ones_are_others():
+    arguments = {"train_size": 40, "eval_size": 10, "seed": 3}
+    train, held_out = data.load_questions("family_relationships", None, **arguments)
+    again, _ = data.load_questions("family_relationships", None, **arguments)
+    other, _ = data.load_questions("family_relationships", None, **{**arguments, "seed": 4})
+    assert train == again != other
+    assert 30 < len(train) <= 40 and len(held_out) == 10
+    assert not {q.prompt for q in train} & {q.prompt for q in held_out}
+    assert all(question.prompt and question.target == question.answer for question in train)
+
+
+def test_a_file_is_split_without_overlap(data_file, tmp_path):
+    train, held_out = data.load_questions(str(data_file), None, train_size=1, eval_size=10, seed=0)
+    assert len(train) == 50 and len(held_out) == 10
+    assert not {q.prompt for q in train} & {q.prompt for q in held_out}
+    one = write(tmp_path / "one.json", json.dumps([ENTRY]))
+    with pytest.raises(DataError, match="0 training"):
+        data.load_questions(str(one), None, train_size=1, eval_size=10, seed=0)
+
+
+def test_only_the_target_is_supervised(model_folder, data_file):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    questions = data.read_llm_adapters(data_file)[:3]
+    samples, too_long = data.encode(tokenizer, questions, max_length=100)
+    assert too_long == 0
+    batch = data.collate(samples, tokenizer.pad_token_id)
+    for row, question in enumerate(questions):
+        supervised = batch["labels"][row][batch["labels"][row] != -100]
+        assert tokenizer.decode(supervised) == f"{question.target} </s>"
+        real = batch["input_ids"][row][batch["attention_mask"][row] == 1]
+        assert tokenizer.decode(real).startswith("<s> Question : What is the colour")
+        assert torch.equal(real[-len(supervised) :], supervised)
+    assert batch["attention_mask"].sum(dim=1).tolist() == [len(sample.input_ids) for sample in samples]
+
+
+def test_a_chat_template_is_used_where_there_is_one(model_folder, data_file):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.content }}{% endfor %}{% if add_generation_prompt %} Answer:{% endif %}"
+    )
+    question = data.read_llm_adapters(data_file)[0]
+    assert data.prompt_text(tokenizer, question) == f"<s>{question.prompt} Answer:"
+
+
+def test_long_questions_are_counted_and_all_too_long_is_refused(model_folder, data_file):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    questions = data.read_llm_adapters(data_file)
+    lengths = [len(sample.input_ids) for sample in data.encode(tokenizer, questions, 100)[0]]
+    limit = min(lengths)
+    samples, too_long = data.encode(tokenizer, questions, limit)
+    assert len(samples) == lengths.count(limit) > 0 and too_long == len(questions) - len(samples) > 0
+    with pytest.raises(DataError, match=f"all {len(questions)} questions"):
+        data.encode(tokenizer, questions, limit - 1)
+
+
+def test_every_epoch_visits_every_sample_once_in_another_order():
+    samples = [data.Sample([n], 1) for n in range(10)]
+    seen = [[s.input_ids[0] for s in data.step_samples(samples, step, 4, seed=1)] for step in range(5)]
+    flat = [n for step in seen for n in step]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
+    assert flat[:10] != flat[10:] and flat[:10] != list(range(10))
+    assert [s.input_ids[0] for s in data.step_samples(samples, 3, 4, seed=1)] == seen[3]
+
+
+@pytest.mark.parametrize(("text", "answer"), [
+    ("Mother-in-law", "mother-in-law"), (" son.\n", "son"), ("the correct answer is answer2", "answer2"),
+    ("The answer is: True!", "true"), ("Sarah is his mother", "sarah is his mother"), ("", ""),
+])  # fmt: skip
+def test_what_counts_as_the_answer(text, answer):
+    assert normalise_answer(text) == answer
