@@ -21,6 +21,7 @@ def echo_lora_linear(
     dropout_p: float = 0.0,
     magnitude: torch.Tensor | None = None,
     echo: Echo | None = None,
+    dora_dropout: str = "exact",
     backend: str | None = None,
 ) -> torch.Tensor:
     """Linear layer with a LoRA or DoRA update and an optional echo.
@@ -33,7 +34,8 @@ def echo_lora_linear(
         DoRA                        y = W0 x + (g - 1) W0 x~ + g s B(...) + bias [+ E at site "output"]
                                     g = magnitude / sg(|| W0 + s B A ||_row)
 
-    Without dropout the DoRA line is ``g (W0 x + s B A x) + bias``; with it, it is what PEFT computes.
+    Without dropout the DoRA line is ``g (W0 x + s B A x) + bias``; with it, it is what PEFT computes, at the price of a
+    second base product. ``dora_dropout="fast"`` keeps one: ``g (W0 x + s B A x~) + bias``.
     Source: METHOD.md "LoRA, ON" (R) and "DoRA, ON" (O).
 
     Args:
@@ -46,6 +48,7 @@ def echo_lora_linear(
         dropout_p: probability in [0, 1) that an element of x is dropped before A; drawn from torch's generator.
         magnitude: DoRA's w, [d_out], or None for LoRA.
         echo: `Echo(delta [N, width of the site], mask [N, T], site)`, or None.
+        dora_dropout: "exact" (PEFT's form) or "fast" (one base product); only matters for DoRA with dropout (O).
         backend: None chooses, a name insists.
 
     Returns:
@@ -56,7 +59,18 @@ def echo_lora_linear(
         BackendUnavailable: `backend` names one that cannot run here.
     """
     implementation = backends.choose("echo_lora_linear", backend, x.device)
-    return implementation(x, weight, bias, lora_a, lora_b, scaling, dropout_p=dropout_p, magnitude=magnitude, echo=echo)
+    return implementation(
+        x,
+        weight,
+        bias,
+        lora_a,
+        lora_b,
+        scaling,
+        dropout_p=dropout_p,
+        magnitude=magnitude,
+        echo=echo,
+        dora_dropout=dora_dropout,
+    )
 
 
 def echo_network(

@@ -24,6 +24,7 @@ def echo_lora_linear(
     dropout_p: float = 0.0,
     magnitude: torch.Tensor | None = None,
     echo: Echo | None = None,
+    dora_dropout: str = "exact",
     backend: str | None = None,
 ) -> torch.Tensor:
     """`functional.echo_lora_linear` by the reference: a drop-in for it, whatever backend would be chosen there.
@@ -43,5 +44,6 @@ def echo_lora_linear(
         dropout_p=dropout_p,
         magnitude=magnitude,
         echo=echo,
+        dora_dropout=dora_dropout,
         backend="reference",
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..functional import echo_lora_linear
 from ..ops.dora_norm.reference import dora_gain, dora_norm
-from ..ops.echo_lora_linear import Echo
+from ..ops.echo_lora_linear import DORA_DROPOUTS, Echo
 
 
 class EchoLoRALinear(nn.Module):
@@ -28,6 +28,7 @@ class EchoLoRALinear(nn.Module):
         lora_dropout: probability in [0, 1) of dropping an element of the adapter's input while training.
         use_dora: train a magnitude per output (DoRA).
         use_rslora: rank-stabilised scaling.
+        dora_dropout: "exact" computes DoRA under dropout as PEFT does, "fast" with one base product.
         device, dtype: of every parameter.
 
     Attributes:
@@ -36,7 +37,7 @@ class EchoLoRALinear(nn.Module):
         scaling: s. merged: whether `weight` currently contains the adapter.
 
     Raises:
-        ValueError: r or lora_dropout out of range.
+        ValueError: r, lora_dropout or dora_dropout out of range.
     """
 
     weight: torch.Tensor
@@ -55,12 +56,13 @@ class EchoLoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_dora: bool = False,
         use_rslora: bool = False,
+        dora_dropout: str = "exact",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._set_up(base, r, lora_alpha, lora_dropout, use_dora, use_rslora, None, None)
+        self._set_up(base, r, lora_alpha, lora_dropout, use_dora, use_rslora, dora_dropout, None, None)
 
     @classmethod
     def from_linear(
@@ -72,6 +74,7 @@ class EchoLoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_dora: bool = False,
         use_rslora: bool = False,
+        dora_dropout: str = "exact",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> EchoLoRALinear:
@@ -87,7 +90,7 @@ class EchoLoRALinear(nn.Module):
             raise TypeError(f"linear: got {type(linear).__name__}, wants torch.nn.Linear")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._set_up(linear, r, lora_alpha, lora_dropout, use_dora, use_rslora, device, dtype)
+        layer._set_up(linear, r, lora_alpha, lora_dropout, use_dora, use_rslora, dora_dropout, device, dtype)
         return layer.train(linear.training)
 
     def _set_up(
@@ -98,6 +101,7 @@ class EchoLoRALinear(nn.Module):
         lora_dropout: float,
         use_dora: bool,
         use_rslora: bool,
+        dora_dropout: str,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -107,6 +111,9 @@ class EchoLoRALinear(nn.Module):
             raise ValueError(f"lora_dropout: got {lora_dropout}, wants 0 <= lora_dropout < 1")
         self.in_features, self.out_features, self.r = base.in_features, base.out_features, r
         self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
+        if dora_dropout not in DORA_DROPOUTS:
+            raise ValueError(f"dora_dropout: got {dora_dropout!r}, wants one of {', '.join(map(repr, DORA_DROPOUTS))}")
+        self.dora_dropout = dora_dropout
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.weight = base.weight.requires_grad_(False)
         if base.bias is not None:
@@ -155,6 +162,7 @@ class EchoLoRALinear(nn.Module):
             dropout_p=self.lora_dropout if self.training else 0.0,
             magnitude=self.magnitude,
             echo=echo,
+            dora_dropout=self.dora_dropout,
         )
 
     def gain(self) -> torch.Tensor | None:

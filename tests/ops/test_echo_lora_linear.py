@@ -125,6 +125,26 @@ def test_gradcheck(site, dora, bias, backend):
     assert torch.autograd.gradcheck(FrozenForwardOurBackward.apply, tuple(wanted.values()))
 
 
+def test_fast_dora_dropout_keeps_one_base_product(backend):
+    """y = g (W0 x + s B A drop(x)) + bias, the gain on the whole base product; without dropout or DoRA nothing changes."""
+    p = problem(None, dora=True)
+    base = (p["x"], p["weight"], p["bias"], p["lora_a"], p["lora_b"], S)
+
+    def run_with(mode, dropout_p=0.5, magnitude=p["magnitude"]):
+        torch.manual_seed(3)
+        return echo_lora_linear(*base, dropout_p=dropout_p, magnitude=magnitude, dora_dropout=mode, backend=backend)
+
+    kept = extracted_keep(p["x"].shape[:-1], 6, 0.5, 3, backend)
+    gain = p["magnitude"] / row_norm(p)
+    update = S * (p["x"] * kept) @ p["lora_a"].T @ p["lora_b"].T
+    torch.testing.assert_close(run_with("fast"), gain * (p["x"] @ p["weight"].T + update) + p["bias"])
+    assert not torch.allclose(run_with("fast"), run_with("exact"))
+    assert torch.equal(run_with("fast", 0.0), run_with("exact", 0.0))
+    assert torch.equal(run_with("fast", magnitude=None), run_with("exact", magnitude=None))
+    with pytest.raises(ValueError, match=r"dora_dropout: got 'quick', wants one of 'exact', 'fast'"):
+        run_with("quick")
+
+
 @lora_or_dora
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_one_gradient_alone_is_the_same(name, dora, backend):

@@ -47,6 +47,19 @@ def test_every_way_gives_the_same(vendor, site, dora, p, monkeypatch):
     assert_equal_up_to_rounding(got, reference_results(case, monkeypatch))
 
 
+@pytest.mark.parametrize("site", [None, "output", "adapter_input", "rank"])
+@pytest.mark.parametrize("by_vendor", [False, True])
+def test_fast_dora_dropout(request, site, by_vendor, monkeypatch):
+    """One base product: every way is possible again."""
+    if by_vendor:
+        request.getfixturevalue("vendor")
+    case = replace(make(site=site, dora=True, p=0.3), dora_dropout="fast")
+    exact = replace(case, dora_dropout="exact")
+    fast = case.results("triton")
+    assert_equal_up_to_rounding(fast, reference_results(case, monkeypatch))
+    assert (fast["y"] - reference_results(exact, monkeypatch)["y"]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_vendor_ways_are_as_exact_as_torch(vendor, dora):
     case = make(n=2, t=93, d_in=150, d_out=141, r=12, site="output", dora=dora, dtype=torch.float32)

@@ -35,6 +35,7 @@ class Case:
     site: str | None = None
     scaling: float = 0.7
     dropout_p: float = 0.0
+    dora_dropout: str = "exact"
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The floating arguments that can have a gradient."""
@@ -59,6 +60,7 @@ class Case:
             dropout_p=self.dropout_p,
             magnitude=self.magnitude,
             echo=echo,
+            dora_dropout=self.dora_dropout,
             backend=backend,
         )
 

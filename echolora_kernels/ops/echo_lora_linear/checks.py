@@ -6,6 +6,8 @@ import torch
 
 from .echo import Echo
 
+DORA_DROPOUTS = ("exact", "fast")
+
 
 def check_arguments(
     x: torch.Tensor,
@@ -16,6 +18,7 @@ def check_arguments(
     dropout_p: float,
     magnitude: torch.Tensor | None,
     echo: Echo | None,
+    dora_dropout: str,
 ) -> None:
     """Raise TypeError or ValueError, naming the argument, unless everything fits together."""
     _want_ndim("weight", weight, 2)
@@ -44,6 +47,8 @@ def check_arguments(
             raise TypeError(f"{name}: got dtype {tensor.dtype}, wants a floating dtype")
         if tensor.device != x.device:
             raise ValueError(f"{name}: got device {tensor.device}, wants {x.device} as x")
+    if dora_dropout not in DORA_DROPOUTS:
+        raise ValueError(f"dora_dropout: got {dora_dropout!r}, wants one of {', '.join(map(repr, DORA_DROPOUTS))}")
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and tensor.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{name}: got dtype {tensor.dtype}, wants {weight.dtype} as weight (or autocast)")

@@ -21,12 +21,13 @@ def echo_lora_linear(
     dropout_p: float = 0.0,
     magnitude: torch.Tensor | None = None,
     echo: Echo | None = None,
+    dora_dropout: str = "exact",
 ) -> torch.Tensor:
     """Linear layer with a LoRA or DoRA update and an optional echo, in plain PyTorch.
 
     See `echolora_kernels.functional.echo_lora_linear` for the formulas, shapes, dtypes and errors.
     """
-    check_arguments(x, weight, bias, lora_a, lora_b, dropout_p, magnitude, echo)
+    check_arguments(x, weight, bias, lora_a, lora_b, dropout_p, magnitude, echo, dora_dropout)
     injected = {} if echo is None else {echo.site: echo.spread()}
 
     dropped = F.dropout(x.to(lora_a.dtype), dropout_p)
@@ -42,7 +43,7 @@ def echo_lora_linear(
     else:
         gain = dora_gain(weight, lora_a, lora_b, scaling, magnitude)
         base = F.linear(x, weight)
-        if dropout_p == 0.0:
+        if dropout_p == 0.0 or dora_dropout == "fast":
             y = gain * (base + update)
         else:  # as PEFT: the DoRA correction sees the dropped input, the frozen layer does not
             y = base + (gain - 1) * F.linear(dropped, weight.to(dropped.dtype)) + gain * update
