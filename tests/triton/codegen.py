@@ -94,9 +94,11 @@ def _output(program, *arguments):
 
 
 def launches(arch, dtype, everything):
-    """(label, kernel, tile, arguments) for every config that the rules can pick on `arch`, in its main variants."""
+    """(label, kernel, tile, arguments) for every tile that the rules can pick on `arch`.
+
+    Each comes in its plainest and in its heaviest form; `everything` adds what lies between, and more ranks.
+    """
     recorder = Recorder()
-    ranks = (16, 32, 64, 128, 256) if everything else (16, 64, 256)
     meta = {"device": "meta", "dtype": dtype}
     x = torch.empty(ROWS // T, T, WIDTH, **meta)
     weight, vector = torch.empty(WIDTH, WIDTH, **meta), torch.empty(WIDTH, **meta)
@@ -104,7 +106,12 @@ def launches(arch, dtype, everything):
     gain = torch.empty(WIDTH, device="meta", dtype=wide)
     mask = torch.empty(ROWS // T, T, dtype=torch.bool, device="meta")
     delta = torch.empty(ROWS // T, WIDTH, **meta)
+    echo = {"delta": delta, "mask": mask}
     none, some = Dropout(), Dropout(0.1, torch.empty(1, dtype=torch.int64, device="meta"))
+    linear, shrink, dora_norm = triton_forward.linear, triton_forward.shrink, triton_norm.dora_norm
+    adapter_backward = triton_backward_launch.adapter_backward
+    lora_a_backward = triton_backward_launch.lora_a_backward
+    input_backward = triton_backward_launch.input_backward
 
     def adapters(rank, kind=dtype):
         shrunk = torch.empty(ROWS, rank, **meta)
@@ -117,74 +124,52 @@ def launches(arch, dtype, everything):
         for kernel, tile, values in recorder.launches:
             yield label, kernel, tile, values
 
-    linear, shrink = triton_forward.linear, triton_forward.shrink
-    adapter_backward = triton_backward_launch.adapter_backward
-    lora_a_backward = triton_backward_launch.lora_a_backward
-    input_backward = triton_backward_launch.input_backward
-
     tiles = configs.candidates("matmul", dtype, arch)
-    echo = {"bias": vector, "delta": delta, "mask": mask}
     for rank in (16, 256) if everything else (16,):
         a, b, s = adapters(rank)
         for name in tiles:
             where, tile = f"{name} r{rank}", {"tile": tiles[name]}
             if name in configs.matmul_tiles("plain"):
                 yield from record(f"{where} lora", linear, x, weight, s, b, bias=vector, dropout=none, **tile)
-                yield from record(f"{where} lora", input_backward, x, weight, s, a, dropout=none, **tile)
                 yield from record(f"{where} dropout", input_backward, x, weight, s, a, dropout=some, **tile)
                 yield from record(f"{where} dora", input_backward, x, weight, s, a, gain=gain, dropout=none, **tile)
+                if everything:
+                    yield from record(f"{where} lora", input_backward, x, weight, s, a, dropout=none, **tile)
+            heavy = {"gain": gain, "bias": vector, "store_z": True, **echo, **tile}
             if name in configs.matmul_tiles("rich"):
-                dora = {"gain": gain, "store_z": True, "dropout": none}
-                yield from record(f"{where} dora echo", linear, x, weight, s, b, **dora, **echo, **tile)
+                yield from record(f"{where} dora echo", linear, x, weight, s, b, dropout=none, **heavy)
             if name in configs.matmul_tiles("twin"):
-                dora = {"gain": gain, "dropout": some}
+                yield from record(f"{where} dora echo dropout", linear, x, weight, s, b, dropout=some, **heavy)
                 yield from record(
-                    f"{where} dora dropout", linear, x, weight, s, b, store_z=True, **dora, **echo, **tile
+                    f"{where} dora dropout", input_backward, x, weight, s, a, gain=gain, dropout=some, **tile
                 )
-                yield from record(f"{where} dora dropout", input_backward, x, weight, s, a, **dora, **tile)
-    for rank in ranks:
+    for rank in (16, 32, 64, 128, 256) if everything else (16, 64, 256):
         block = configs.rank_block(rank)
-        for kind in {dtype, wide} if everything or rank == 64 else {dtype}:
+        for kind in sorted({dtype, wide}, key=str) if everything else (wide,):
             a, b, s = adapters(rank, kind)
             where = f"r{rank} {str(kind)[6:]} adapters"
-            tile = configs.shrink_tile(block, dtype, arch)
-            yield from record(where, shrink, x, a, 2.0, dropout=none, tile=tile)
-            yield from record(f"{where} dropout", shrink, x, a, 2.0, dropout=some, tile=tile)
-            yield from record(
-                f"{where} echo dropout",
-                shrink,
-                x,
-                a,
-                2.0,
-                dropout=some,
-                site="adapter_input",
-                delta=delta,
-                mask=mask,
-                tile=tile,
-            )
-            yield from record(
-                f"{where} echo rank", shrink, x, a, 2.0, dropout=some, site="rank", delta=delta, mask=mask, tile=tile
-            )
-            yield from record(f"{where} gain", shrink, x, b.t(), 2.0, gain=gain, dropout=none, tile=tile)
-            tile = configs.adapter_bwd_tile(block, dtype, arch)
-            need = {"need_ds": rank <= configs.ONE_PASS_RANK, "need_lora_b": True, "tile": tile}
+            tile = {"tile": configs.shrink_tile(block, dtype, arch)}
+            inner = {"dropout": some, "mask": mask, **tile}
+            rank_delta = torch.empty(ROWS // T, rank, **meta)
+            yield from record(where, shrink, x, a, 2.0, dropout=none, **tile)
+            yield from record(f"{where} echo dropout", shrink, x, a, 2.0, site="adapter_input", delta=delta, **inner)
+            if everything:
+                yield from record(f"{where} dropout", shrink, x, a, 2.0, dropout=some, **tile)
+                yield from record(
+                    f"{where} rank echo dropout", shrink, x, a, 2.0, site="rank", delta=rank_delta, **inner
+                )
+            if rank > configs.ONE_PASS_RANK:
+                yield from record(f"{where} gain", shrink, x, b.t(), 2.0, gain=gain, dropout=none, **tile)
+            need = {"need_ds": rank <= configs.ONE_PASS_RANK, "need_lora_b": True}
+            need |= {"tile": configs.adapter_bwd_tile(block, dtype, arch)}
             yield from record(where, adapter_backward, x, s, b, 2.0, **need)
-            need |= {
-                "need_bias": True,
-                "need_gain": True,
-                "need_delta": True,
-                "mask": mask,
-                "z": x.view(ROWS, WIDTH),
-                "gain": gain,
-            }
-            yield from record(f"{where} dora echo", adapter_backward, x, s, b, 2.0, **need)
+            need |= {"need_bias": True, "need_gain": True, "need_delta": True, "mask": mask, "gain": gain}
+            yield from record(f"{where} dora echo", adapter_backward, x, s, b, 2.0, z=x.view(ROWS, WIDTH), **need)
             tile = configs.dora_norm_tile(torch.promote_types(dtype, kind), arch)
-            yield from record(where, triton_norm.dora_norm, weight, a, b, 2.0, vector, tile=tile)
-        tile = configs.lora_a_bwd_tile(block, dtype, arch)
-        yield from record(f"r{rank}", lora_a_backward, x, s, dropout=none, dtype=dtype, tile=tile)
-        yield from record(
-            f"r{rank} dropout echo", lora_a_backward, x, s, dropout=some, delta=delta, mask=mask, dtype=dtype, tile=tile
-        )
+            yield from record(where, dora_norm, weight, a, b, 2.0, vector, tile=tile)
+        options = {"dtype": dtype, "tile": configs.lora_a_bwd_tile(block, dtype, arch)}
+        yield from record(f"r{rank}", lora_a_backward, x, s, dropout=none, **options)
+        yield from record(f"r{rank} echo dropout", lora_a_backward, x, s, dropout=some, **echo, **options)
 
 
 def compile_all(arch, dtype, everything, kernel_name=None):
@@ -202,11 +187,7 @@ def compile_all(arch, dtype, everything, kernel_name=None):
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
         try:
             compiled = triton.compile(source(kernel, arguments), target=target(arch), options=options)
-            result |= {
-                "shared": compiled.metadata.shared,
-                "fits": compiled.metadata.shared <= SHARED_LIMIT[arch],
-                **inspect(compiled),
-            }
+            result |= {"shared": compiled.metadata.shared, "limit": SHARED_LIMIT[arch], **inspect(compiled)}
         except Exception as error:  # reported, not raised: the caller wants the whole matrix
             result["error"] = f"{type(error).__name__}: {error}"[:400]
         yield result

@@ -30,8 +30,19 @@ def launches(monkeypatch):
     return names
 
 
-def pytest_collection_modifyitems(items):
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "codegen: compiles kernels and runs none, so it needs neither GPU nor interpreter"
+    )
+    config.addinivalue_line("markers", "full: takes minutes; runs with -m full only")
+
+
+def pytest_collection_modifyitems(config, items):
     reason = next(backend for backend in BACKENDS if backend.name == "triton").why_unavailable()
     for item in items:
-        if reason and "triton" in item.path.parts and "codegen" not in item.keywords:
+        if "triton" not in item.path.parts:
+            continue
+        if reason and "codegen" not in item.keywords:
             item.add_marker(pytest.mark.skip(reason=f"triton on {DEVICE}: {reason}"))
+        if "full" in item.keywords and "full" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m full"))

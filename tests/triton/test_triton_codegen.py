@@ -1,0 +1,52 @@
+"""Compile-only: every config that can be picked, for GPUs that need not be here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.codegen
+
+SCRIPT = Path(__file__).with_name("codegen.py")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def compiled(arch, dtype, *options):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), "--arch", arch, "--dtype", dtype, *options]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def assert_sound(results):
+    assert results
+    for result in results:
+        assert "error" not in result, result
+        assert result["shared"] <= result["limit"], result
+        if result["arch"].startswith("gfx"):
+            continue
+        assert result["LDL"] == result["STL"] == 0, f"spills: {result}"
+        thin = result["kernel"] in ("lora_a_bwd_kernel", "dora_norm_fwd_kernel")  # fewer than wgmma's 64 rows
+        if result["arch"] == "sm_90" and result["dtype"] != "float32" and not thin:
+            assert result["HGMMA"] > 0, f"no Hopper matrix instructions: {result}"
+        if result["arch"] == "sm_80" and result["dtype"] != "float32" and not thin:
+            assert result["HMMA"] > 0, f"no matrix instructions: {result}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_configs_compile_and_fit(arch, dtype):
+    assert_sound(compiled(arch, dtype))
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_variant_compiles_and_fits(arch, dtype):
+    assert_sound(compiled(arch, dtype, "--all"))
