@@ -48,3 +48,62 @@ def dropped(
     m_keep = keep_mask(seed, o_m, i_k, K, DROP_BELOW, ROWS, COLS)
     b_wide = b_x.to(tl.float64) if b_x.dtype == tl.float64 else b_x.to(tl.float32)
     return tl.where(m_keep, b_wide * KEEP_SCALE, 0.0)
+
+
+@triton.jit
+def add_low_rank(
+    b_z,
+    s,
+    b,
+    o_m,
+    o_n,
+    m_m,
+    m_n,
+    R,
+    stride_b_n,
+    stride_b_r,
+    RANK_STEPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """b_z + S B^T for one output tile, in the same accumulator; s is [M, R], contiguous, b has any strides."""
+    for i_step in tl.static_range(RANK_STEPS):
+        o_r = i_step * BLOCK_R + tl.arange(0, BLOCK_R)
+        m_r = o_r < R
+        b_s = tl.load(s + o_m.to(tl.int64)[:, None] * R + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)
+        p_b = b + o_n.to(tl.int64)[None, :] * stride_b_n + o_r.to(tl.int64)[:, None] * stride_b_r
+        b_b = tl.load(p_b, mask=m_r[:, None] & m_n[None, :], other=0.0)
+        b_z = tl.dot(b_s, b_b.to(b_s.dtype), b_z, input_precision=PRECISION, out_dtype=ACC)
+    return b_z
+
+
+@triton.jit
+def add_outside_gain(
+    b_y,
+    bias,
+    delta,
+    mask,
+    o_m,
+    o_n,
+    m_m,
+    m_n,
+    T,
+    stride_bias,
+    stride_delta_n,
+    stride_delta_d,
+    stride_mask_n,
+    stride_mask_t,
+    HAS_BIAS: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """b_y + bias + mask Delta for one output tile: what DoRA's gain leaves alone."""
+    if HAS_BIAS:
+        b_y += tl.load(bias + o_n * stride_bias, mask=m_n, other=0.0).to(ACC)[None, :]
+    if HAS_DELTA:
+        b_mask = tl.load(mask + row_offsets(o_m, T, stride_mask_n, stride_mask_t), mask=m_m, other=0).to(ACC)
+        o_delta = (o_m // T).to(tl.int64)[:, None] * stride_delta_n + o_n.to(tl.int64)[None, :] * stride_delta_d
+        m_y = m_m[:, None] & m_n[None, :]
+        b_y += b_mask[:, None] * tl.load(delta + o_delta, mask=m_y, other=0.0).to(ACC)
+    return b_y

@@ -15,7 +15,7 @@ import triton.language as tl
 from . import configs
 from .configs import Tile
 from .launch import Dropout, Rows, accumulator, accumulator_dtype, device_of, input_precision, reduce_partials, run
-from .triton_blocks import dropped, row_offsets, swizzled_tile
+from .triton_blocks import add_low_rank, add_outside_gain, dropped, row_offsets, swizzled_tile
 
 
 @triton.jit
@@ -173,26 +173,19 @@ def linear_fwd_kernel(
     else:
         b_z = b_y
 
-    for i_step in tl.static_range(RANK_STEPS):
-        o_r = i_step * BLOCK_R + tl.arange(0, BLOCK_R)
-        m_r = o_r < R
-        b_s = tl.load(s + o_m.to(tl.int64)[:, None] * R + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)
-        p_b = b + o_n.to(tl.int64)[None, :] * stride_b_n + o_r.to(tl.int64)[:, None] * stride_b_r
-        b_b = tl.load(p_b, mask=m_r[:, None] & m_n[None, :], other=0.0)
-        b_z = tl.dot(b_s, b_b.to(b_s.dtype), b_z, input_precision=PRECISION, out_dtype=ACC)
-
+    b_z = add_low_rank(
+        b_z, s, b, o_m, o_n, m_m, m_n, R, stride_b_n, stride_b_r, RANK_STEPS, BLOCK_R, ACC, PRECISION
+    )  # fmt: skip
     if STORE_Z:
         tl.store(z + o_y, b_z.to(z.dtype.element_ty), mask=m_y)
     if HAS_GAIN:
         b_z *= tl.load(gain + o_n, mask=m_n, other=0.0).to(ACC)[None, :]
     if DORA_DROPOUT:
         b_z += b_y
-    if HAS_BIAS:
-        b_z += tl.load(bias + o_n * stride_bias, mask=m_n, other=0.0).to(ACC)[None, :]
-    if HAS_DELTA:
-        b_mask = tl.load(mask + row_offsets(o_m, T, stride_mask_n, stride_mask_t), mask=m_m, other=0).to(ACC)
-        o_delta = (o_m // T).to(tl.int64)[:, None] * stride_delta_n + o_n.to(tl.int64)[None, :] * stride_delta_d
-        b_z += b_mask[:, None] * tl.load(delta + o_delta, mask=m_y, other=0.0).to(ACC)
+    b_z = add_outside_gain(
+        b_z, bias, delta, mask, o_m, o_n, m_m, m_n, T, stride_bias, stride_delta_n, stride_delta_d,
+        stride_mask_n, stride_mask_t, HAS_BIAS, HAS_DELTA, ACC,
+    )  # fmt: skip
     tl.store(y + o_y, b_z.to(y.dtype.element_ty), mask=m_y)
 
 
