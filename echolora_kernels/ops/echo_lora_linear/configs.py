@@ -57,6 +57,14 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
     },
     ("matmul", "single"): {"twin": Tile(64, 32, 16, 8, 2), "small": Tile(64, 64, 32, 8, 2)},
     ("matmul", "double"): {"twin": Tile(32, 32, 16, 4, 1), "small": Tile(32, 32, 16, 4, 1)},
+    # persistent, through tensor descriptors
+    ("descriptor", "half"): {
+        "wide": Tile(128, 256, 64, 8, 3),
+        "large": Tile(128, 128, 64, 8, 3),
+        "small": Tile(64, 128, 64, 4, 4),
+    },
+    ("descriptor", "single"): {"small": Tile(64, 64, 32, 8, 2)},
+    ("descriptor", "double"): {"small": Tile(32, 32, 16, 4, 1)},
     ("shrink", "half"): {"thin": Tile(64, 0, 64, 4, 3), "thick": Tile(64, 0, 32, 8, 2)},
     ("shrink", "single"): {"thin": Tile(32, 0, 32, 4, 2), "thick": Tile(32, 0, 16, 8, 2)},
     ("shrink", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
@@ -116,6 +124,21 @@ def matmul_tiles(load: str) -> tuple[str, ...]:
     """Names of the tiles that a matmul kernel with this load may use, largest first; see `matmul_tile`."""
     loads = {"plain": ("wide", "large", "lean", "small"), "rich": ("large", "lean", "small"), "twin": ("twin",)}
     return loads[load]
+
+
+def descriptor_tile(rows: int, cols: int, dtype: torch.dtype, device: Device, rich: bool) -> Tile:
+    """Tile of the descriptor versions of F2 and B3: as `matmul_tile`; a rich epilogue would spill the wide one."""
+    tiles = candidates("descriptor", dtype, device.arch)
+    for name in ("large", "small") if rich else ("wide", "large", "small"):
+        tile = tiles.get(name)
+        if tile and -(-rows // tile.rows) * -(-cols // tile.cols) >= device.processors:
+            return tile
+    return tiles["small"]
+
+
+def uses_descriptors(dtype: torch.dtype, arch: str) -> bool:
+    """Whether the fused products of this dtype go through tensor descriptors: Hopper and newer, 16-bit products."""
+    return dtype_class(dtype) == "half" and arch in ("sm_90", "sm_100", "sm_103")
 
 
 def shrink_tile(block_r: int, dtype: torch.dtype, arch: str) -> Tile:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from . import candidates
+from . import candidates, configs
 from .candidates import Problem
 from .launch import Dropout, Rows, device_of, one_sample
 from .triton_backward_launch import input_backward
+from .triton_descriptors import describable, input_by_descriptors, linear_by_descriptors
 from .triton_forward import linear
 
 
@@ -29,6 +30,9 @@ def linear_product(
     candidate = _candidate("forward", x, weight, lora_b.shape[1], gain, dropout)
     rest = {"bias": bias, "gain": gain, "delta": delta, "mask": mask, "dropout": dropout, "shape": shape}
     if candidate == "fused":
+        if _by_descriptors(x, weight, d_out=weight.shape[0]) and not (gain is not None and dropout.on_base):
+            del rest["dropout"]
+            return linear_by_descriptors(x, weight, s, lora_b, store_z=store_z, **rest)
         return linear(x, weight, s, lora_b, store_z=store_z, **rest)
     flat = one_sample(x)[0]
     with torch.autocast(x.device.type, enabled=False):
@@ -52,6 +56,8 @@ def input_product(
     """B3 by any candidate; arguments and result as those of `triton_backward_launch.input_backward`."""
     candidate = _candidate("input-gradient", dy, weight, lora_a.shape[0], gain, dropout)
     if candidate == "fused":
+        if gain is None and _by_descriptors(dy, weight, d_out=weight.shape[1]):
+            return input_by_descriptors(dy, weight, ds, lora_a, dropout=dropout)
         return input_backward(dy, weight, ds, lora_a, dropout=dropout, gain=gain)
     dx = input_backward(dy, weight, ds, lora_a, dropout=dropout, contract=False)
     # the gain on W0, [N, K], and not on dY, [M, N]: fewer bytes wherever there are more rows than inputs
@@ -79,6 +85,12 @@ def _candidate(
     )
     table = candidates.table_for(_device_name(rows.device), folder)
     return candidates.choose(problem, table, insist).candidate
+
+
+def _by_descriptors(rows: torch.Tensor, weight: torch.Tensor, d_out: int) -> bool:
+    """Whether the fused product can and should go through tensor descriptors; its output has d_out columns."""
+    wanted = configs.uses_descriptors(rows.dtype, device_of(rows).arch) and _plain_rows(rows)
+    return wanted and d_out * rows.element_size() % 16 == 0 and describable(one_sample(rows)[0], weight)
 
 
 def _plain_rows(rows: torch.Tensor) -> bool:

@@ -1,0 +1,75 @@
+"""The products through tensor descriptors, in the interpreter: same results as through pointers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from triton_cases import assert_equal_up_to_rounding, make, reference_results
+
+from echolora_kernels.ops.echo_lora_linear import configs, triton_descriptors
+from echolora_kernels.ops.echo_lora_linear.configs import Tile
+from echolora_kernels.ops.echo_lora_linear.triton_descriptors import describable
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Descriptors for every dtype and device, with tiles that make one program walk over several."""
+    monkeypatch.setattr(configs, "uses_descriptors", lambda dtype, arch: True)
+    monkeypatch.setattr(configs, "descriptor_tile", lambda *_: Tile(16, 16, 16, 4, 1))
+    names = []
+
+    def record(kernel, *arguments, **options):
+        names.append(kernel.fn.__name__)
+        run(kernel, *arguments, **options)
+
+    run = triton_descriptors.run
+    monkeypatch.setattr(triton_descriptors, "run", record)
+    return names
+
+
+BOTH = ["linear_descriptor_fwd_kernel", "input_descriptor_bwd_kernel"]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("site", [None, "output", "adapter_input", "rank"])
+def test_float64(everywhere, site, dora, p, monkeypatch):
+    case = make(n=2, t=35, d_in=50, d_out=70, site=site, dora=dora, p=p)
+    assert_equal_up_to_rounding(case.results("triton"), reference_results(case, monkeypatch))
+    assert everywhere == ([] if dora and p else BOTH[:1] if dora else BOTH)
+
+
+@pytest.mark.parametrize("r", [1, 16, 65, 256])
+def test_ranks_and_tiles_beyond_the_programs(everywhere, r):
+    case = make(n=3, t=50, d_in=34, d_out=98, r=r, site="output")
+    assert_equal_up_to_rounding(case.results("triton"), case.results("reference"))
+    assert everywhere == BOTH
+
+
+def test_what_descriptors_cannot_address_goes_through_pointers(everywhere):
+    case = make(n=2, t=9, d_in=20, d_out=22)
+    odd_rows = torch.randn(2, 9, 21, dtype=torch.float64, device=case.x.device)[..., :20]
+    expanded = torch.ones((), dtype=torch.float64, device=case.x.device).expand(case.dy.shape)
+    for change, names in (({"x": odd_rows}, BOTH[1:]), ({"dy": expanded}, BOTH[:1]), ({}, BOTH)):
+        everywhere.clear()
+        odd = replace(case, **change)
+        assert_equal_up_to_rounding(odd.results("triton"), odd.results("reference"))
+        assert everywhere == names
+
+
+def test_describable():
+    good = torch.empty(4, 16)
+    assert describable(good, good[1:], good[:, :8])
+    assert not describable(good, good.t())
+    assert not describable(good[:, 1:])
+    assert not describable(torch.empty(4, 3))
+    assert not describable(torch.empty(0, 16))
+    assert not describable(torch.empty(1, 16).expand(4, 16))
+
+
+def test_only_half_precision_on_hopper_and_newer_uses_them():
+    for arch in ("sm_80", "sm_89", "sm_120", "gfx942", "cpu"):
+        assert not configs.uses_descriptors(torch.bfloat16, arch)
+    for arch in ("sm_90", "sm_100"):
+        assert configs.uses_descriptors(torch.bfloat16, arch) and configs.uses_descriptors(torch.float16, arch)
+        assert not configs.uses_descriptors(torch.float32, arch)
