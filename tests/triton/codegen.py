@@ -18,7 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from echolora_kernels.ops.dora_norm import triton_norm
-from echolora_kernels.ops.echo_lora_linear import configs, triton_backward_launch, triton_forward
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from echolora_kernels.ops.echo_lora_linear import configs, triton_backward_launch, triton_descriptors, triton_forward
 from echolora_kernels.ops.echo_lora_linear.launch import Dropout
 
 SHARED_LIMIT = {
@@ -47,7 +49,7 @@ class Recorder:
 
     def __init__(self):
         self.launches = []
-        for module in (triton_forward, triton_backward_launch, triton_norm):
+        for module in (triton_forward, triton_backward_launch, triton_descriptors, triton_norm):
             module.run = self
 
     def __call__(self, kernel, grid, device, tile, **arguments):
@@ -65,6 +67,10 @@ def source(kernel, arguments):
         value = arguments[parameter.name]
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype][1:]}[{block}]>"
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
@@ -84,7 +90,10 @@ def inspect(compiled):
         file.flush()
         usage = _output(BINARIES / "cuobjdump", "-res-usage", file.name)
         sass = _output(BINARIES / "nvdisasm", "-c", file.name)
-    count = {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "HMMA", "LDL", "STL", "UTCHMMA")}
+    count = {
+        name: len(re.findall(rf"\b{name}\b", sass))
+        for name in ("HGMMA", "HMMA", "LDL", "STL", "UTCHMMA", "UTMALDG", "UTMASTG")
+    }
     registers = re.search(r"REG:(\d+)", usage)
     return {"registers": int(registers.group(1)) if registers else None, **count}
 
@@ -143,6 +152,7 @@ def launches(arch, dtype, everything):
                 yield from record(
                     f"{where} dora dropout", input_backward, x, weight, s, a, gain=gain, dropout=some, **tile
                 )
+    yield from _by_descriptors(arch, dtype, everything, adapters, record, x, weight, vector, gain, echo, some)
     for rank in (16, 32, 64, 128, 256) if everything else (16, 64, 256):
         block = configs.rank_block(rank)
         for kind in sorted({dtype, wide}, key=str) if everything else (wide,):
@@ -170,6 +180,24 @@ def launches(arch, dtype, everything):
         options = {"dtype": dtype, "tile": configs.lora_a_bwd_tile(block, dtype, arch)}
         yield from record(f"r{rank}", lora_a_backward, x, s, dropout=none, **options)
         yield from record(f"r{rank} echo dropout", lora_a_backward, x, s, dropout=some, **echo, **options)
+
+
+def _by_descriptors(arch, dtype, everything, adapters, record, x, weight, vector, gain, echo, dropout):
+    if not configs.uses_descriptors(dtype, arch):
+        return
+    linear, backward = triton_descriptors.linear_by_descriptors, triton_descriptors.input_by_descriptors
+    for rank in (16, 32, 64) if everything else (16, 64):
+        a, b, s = adapters(rank)
+        for name, tile in configs.candidates("descriptor", dtype, arch).items():
+            where = f"{name} r{rank}"
+            if name == "wide" and rank > 16:
+                continue
+            if name != "wide":
+                heavy = {"gain": gain, "bias": vector, "store_z": True, **echo}
+                yield from record(f"{where} dora echo", linear, x, weight, s, b, tile=tile, **heavy)
+                yield from record(f"{where} dropout", backward, x, weight, s, a, dropout=dropout, tile=tile)
+            yield from record(f"{where} lora", linear, x, weight, s, b, bias=vector, tile=tile)
+            yield from record(f"{where} lora", backward, x, weight, s, a, dropout=Dropout(), tile=tile)
 
 
 def compile_all(arch, dtype, everything, kernel_name=None):

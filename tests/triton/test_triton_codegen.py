@@ -34,6 +34,9 @@ def assert_sound(results):
         thin = result["kernel"] in ("lora_a_bwd_kernel", "dora_norm_fwd_kernel")  # fewer than wgmma's 64 rows
         if result["arch"] == "sm_90" and result["dtype"] != "float32" and not thin:
             assert result["HGMMA"] > 0, f"no Hopper matrix instructions: {result}"
+        if "descriptor" in result["kernel"]:
+            assert result["UTMALDG"] > 0 and result["UTMASTG"] > 0, f"no TMA: {result}"
+            assert result["HGMMA"] + result["UTCHMMA"] > 0, f"no matrix instructions: {result}"
         if result["arch"] == "sm_80" and result["dtype"] != "float32" and not thin:
             assert result["HMMA"] > 0, f"no matrix instructions: {result}"
 

@@ -14,8 +14,8 @@ from echolora_kernels.ops.echo_lora_linear.triton_descriptors import describable
 @pytest.fixture
 def everywhere(monkeypatch):
     """Descriptors for every dtype and device, with tiles that make one program walk over several."""
-    monkeypatch.setattr(configs, "uses_descriptors", lambda dtype, arch: True)
-    monkeypatch.setattr(configs, "descriptor_tile", lambda *_: Tile(16, 16, 16, 4, 1))
+    monkeypatch.setattr(configs, "uses_descriptors", lambda *_: True)
+    monkeypatch.setattr(configs, "descriptor_tile", lambda *_, **__: Tile(16, 16, 16, 4, 1))
     names = []
 
     def record(kernel, *arguments, **options):
@@ -67,9 +67,23 @@ def test_describable():
     assert not describable(torch.empty(1, 16).expand(4, 16))
 
 
-def test_only_half_precision_on_hopper_and_newer_uses_them():
+def test_only_half_precision_and_thin_adapters_on_hopper_and_newer_use_them():
     for arch in ("sm_80", "sm_89", "sm_120", "gfx942", "cpu"):
-        assert not configs.uses_descriptors(torch.bfloat16, arch)
+        assert not configs.uses_descriptors(16, torch.bfloat16, arch)
     for arch in ("sm_90", "sm_100"):
-        assert configs.uses_descriptors(torch.bfloat16, arch) and configs.uses_descriptors(torch.float16, arch)
-        assert not configs.uses_descriptors(torch.float32, arch)
+        assert configs.uses_descriptors(64, torch.bfloat16, arch) and configs.uses_descriptors(1, torch.float16, arch)
+        assert not configs.uses_descriptors(16, torch.float32, arch)
+        assert not configs.uses_descriptors(65, torch.bfloat16, arch)
+
+
+def test_tiles():
+    hopper = configs.Device("sm_90", 132)
+    tiles = configs.candidates("descriptor", torch.bfloat16, "sm_90")
+
+    def name(rows, cols, rank=16, rich=False):
+        tile = configs.descriptor_tile(rows, cols, rank, torch.bfloat16, hopper, rich)
+        return next(name for name, listed in tiles.items() if listed == tile)
+
+    assert name(8192, 4096) == "wide"
+    assert name(8192, 4096, rich=True) == name(8192, 4096, rank=17) == name(2048, 2048) == "large"
+    assert name(512, 512) == "small"

@@ -126,19 +126,25 @@ def matmul_tiles(load: str) -> tuple[str, ...]:
     return loads[load]
 
 
-def descriptor_tile(rows: int, cols: int, dtype: torch.dtype, device: Device, rich: bool) -> Tile:
-    """Tile of the descriptor versions of F2 and B3: as `matmul_tile`; a rich epilogue would spill the wide one."""
+def descriptor_tile(rows: int, cols: int, rank: int, dtype: torch.dtype, device: Device, rich: bool) -> Tile:
+    """Tile of the descriptor versions of F2 and B3, as `matmul_tile`.
+
+    The wide one is for thin adapters without a rich epilogue: others would spill or exceed the shared memory.
+    """
     tiles = candidates("descriptor", dtype, device.arch)
-    for name in ("large", "small") if rich else ("wide", "large", "small"):
+    for name in ("large", "small") if rich or rank > 16 else ("wide", "large", "small"):
         tile = tiles.get(name)
         if tile and -(-rows // tile.rows) * -(-cols // tile.cols) >= device.processors:
             return tile
     return tiles["small"]
 
 
-def uses_descriptors(dtype: torch.dtype, arch: str) -> bool:
-    """Whether the fused products of this dtype go through tensor descriptors: Hopper and newer, 16-bit products."""
-    return dtype_class(dtype) == "half" and arch in ("sm_90", "sm_100", "sm_103")
+def uses_descriptors(rank: int, dtype: torch.dtype, arch: str) -> bool:
+    """Whether the fused products go through tensor descriptors: Hopper and newer, 16-bit, one step over the rank.
+
+    With more steps Triton 3.7.1 compiles some of these tiles for sm_100 to an empty kernel.
+    """
+    return dtype_class(dtype) == "half" and arch in ("sm_90", "sm_100", "sm_103") and rank <= MAX_RANK_STEP
 
 
 def shrink_tile(block_r: int, dtype: torch.dtype, arch: str) -> Tile:

@@ -30,7 +30,7 @@ def linear_product(
     candidate = _candidate("forward", x, weight, lora_b.shape[1], gain, dropout)
     rest = {"bias": bias, "gain": gain, "delta": delta, "mask": mask, "dropout": dropout, "shape": shape}
     if candidate == "fused":
-        if _by_descriptors(x, weight, d_out=weight.shape[0]) and not (gain is not None and dropout.on_base):
+        if _by_descriptors(x, weight, weight.shape[0], lora_b.shape[1]) and not (gain is not None and dropout.on_base):
             del rest["dropout"]
             return linear_by_descriptors(x, weight, s, lora_b, store_z=store_z, **rest)
         return linear(x, weight, s, lora_b, store_z=store_z, **rest)
@@ -56,7 +56,7 @@ def input_product(
     """B3 by any candidate; arguments and result as those of `triton_backward_launch.input_backward`."""
     candidate = _candidate("input-gradient", dy, weight, lora_a.shape[0], gain, dropout)
     if candidate == "fused":
-        if gain is None and _by_descriptors(dy, weight, d_out=weight.shape[1]):
+        if gain is None and _by_descriptors(dy, weight, weight.shape[1], lora_a.shape[0]):
             return input_by_descriptors(dy, weight, ds, lora_a, dropout=dropout)
         return input_backward(dy, weight, ds, lora_a, dropout=dropout, gain=gain)
     dx = input_backward(dy, weight, ds, lora_a, dropout=dropout, contract=False)
@@ -87,10 +87,10 @@ def _candidate(
     return candidates.choose(problem, table, insist).candidate
 
 
-def _by_descriptors(rows: torch.Tensor, weight: torch.Tensor, d_out: int) -> bool:
-    """Whether the fused product can and should go through tensor descriptors; its output has d_out columns."""
-    wanted = configs.uses_descriptors(rows.dtype, device_of(rows).arch) and _plain_rows(rows)
-    return wanted and d_out * rows.element_size() % 16 == 0 and describable(one_sample(rows)[0], weight)
+def _by_descriptors(rows: torch.Tensor, weight: torch.Tensor, width: int, rank: int) -> bool:
+    """Whether the fused product, `width` columns, can and should go through tensor descriptors."""
+    wanted = configs.uses_descriptors(rank, rows.dtype, device_of(rows).arch) and _plain_rows(rows)
+    return wanted and width * rows.element_size() % 16 == 0 and describable(one_sample(rows)[0], weight)
 
 
 def _plain_rows(rows: torch.Tensor) -> bool:

@@ -165,7 +165,9 @@ def linear_by_descriptors(
     """
     rows, device = Rows.of(x), device_of(x)
     (d_out, d_in), rank = weight.shape, lora_b.shape[1]
-    tile = tile or configs.descriptor_tile(rows.total, d_out, x.dtype, device, gain is not None or delta is not None)
+    tile = tile or configs.descriptor_tile(
+        rows.total, d_out, rank, x.dtype, device, rich=gain is not None or delta is not None
+    )
     y = x.new_empty(shape or (rows.total, d_out))
     z = x.new_empty((rows.total, d_out)) if store_z else None
     programs = min(device.processors, -(-rows.total // tile.rows) * -(-d_out // tile.cols))
@@ -233,7 +235,7 @@ def input_by_descriptors(
     """
     rows, device = Rows.of(dy), device_of(dy)
     (d_out, d_in), rank = weight.shape, lora_a.shape[0]
-    tile = tile or configs.descriptor_tile(rows.total, d_in, dy.dtype, device, dropout.p > 0)
+    tile = tile or configs.descriptor_tile(rows.total, d_in, rank, dy.dtype, device, rich=dropout.p > 0)
     dx = dy.new_empty((rows.total, d_in))
     programs = min(device.processors, -(-rows.total // tile.rows) * -(-d_in // tile.cols))
     block_r = configs.rank_step(rank)
