@@ -16,10 +16,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from echolora_kernels.ops.dora_norm import triton_norm
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from echolora_kernels.ops.dora_norm import triton_norm
 from echolora_kernels.ops.echo_lora_linear import configs, triton_backward_launch, triton_descriptors, triton_forward
 from echolora_kernels.ops.echo_lora_linear.launch import Dropout
 
@@ -183,7 +182,7 @@ def launches(arch, dtype, everything):
 
 
 def _by_descriptors(arch, dtype, everything, adapters, record, x, weight, vector, gain, echo, dropout):
-    if not configs.uses_descriptors(dtype, arch):
+    if not configs.uses_descriptors(16, dtype, arch):
         return
     linear, backward = triton_descriptors.linear_by_descriptors, triton_descriptors.input_by_descriptors
     for rank in (16, 32, 64) if everything else (16, 64):
