@@ -7,6 +7,7 @@ import torch
 
 from echolora_kernels.ops.echo_lora_linear import configs
 from echolora_kernels.ops.echo_lora_linear.configs import Device
+from echolora_kernels.ops.echo_lora_linear.launch import input_precision
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "cpu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -59,3 +60,14 @@ def test_blocks_suit_the_dropout_generator():
     for (kernel, _), tiles in configs.TILES.items():
         for tile in tiles.values():
             assert tile.inner % 4 == 0 and tile.cols % 4 == 0, kernel
+
+
+def test_float32_is_multiplied_as_torch_is_set_to():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert input_precision(torch.float32) == expected
+            assert input_precision(torch.bfloat16) == input_precision(torch.float64) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)

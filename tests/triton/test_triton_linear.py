@@ -68,7 +68,7 @@ def test_zero_gain_still_has_a_magnitude_gradient():
 
 def test_zero_row_has_a_finite_gain():
     case = make(dora=True)
-    case.weight[2], case.lora_b[2] = 0, 0
+    case.weight[2], case.lora_b[2], case.magnitude[2], case.dy[..., 2] = 0, 0, 0.5, 0.5
     assert torch.isfinite(case.results("triton")["y"]).all()
 
 

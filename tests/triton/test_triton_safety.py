@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from triton_cases import DEVICE, SITES, Case, assert_equal_up_to_rounding, make
 
@@ -127,7 +127,12 @@ def _layouts(tensor):
     yield fenced(tensor)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes in the interpreter
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     sizes=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 70), st.integers(1, 70), st.integers(1, 40)),
     site=st.sampled_from(SITES),
