@@ -61,7 +61,10 @@ def _why_no_triton() -> str | None:
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="triton",
-        operators={"echo_lora_linear": "ops.echo_lora_linear.autograd:echo_lora_linear"},
+        operators={
+            "echo_lora_linear": "ops.echo_lora_linear.autograd:echo_lora_linear",
+            "echo_lora_linear_group": "ops.echo_lora_linear.triton_group:echo_lora_linear_group",
+        },
         why_unavailable=_why_no_triton,
         preferred_on=("cuda",),
     ),
@@ -69,6 +72,7 @@ BACKENDS: tuple[Backend, ...] = (
         name="reference",
         operators={
             "echo_lora_linear": "ops.echo_lora_linear.reference:echo_lora_linear",
+            "echo_lora_linear_group": "ops.echo_lora_linear.reference:echo_lora_linear_group",
             "echo_network": "ops.echo_network.reference:echo_network",
             "echo_distillation": "ops.echo_distillation.reference:echo_distillation",
         },

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from . import backends
-from .ops.echo_lora_linear import Echo
+from .ops.echo_lora_linear import Echo, Projection
 
-__all__ = ["echo_lora_linear", "echo_network"]
+__all__ = ["echo_lora_linear", "echo_lora_linear_group", "echo_network"]
 
 
 def echo_lora_linear(
@@ -71,6 +73,36 @@ def echo_lora_linear(
         echo=echo,
         dora_dropout=dora_dropout,
     )
+
+
+def echo_lora_linear_group(
+    x: torch.Tensor,
+    projections: Sequence[Projection],
+    *,
+    dropout_p: float = 0.0,
+    dora_dropout: str = "exact",
+    backend: str | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Several adapted linears of one input (q, k and v; gate and up), each as `echo_lora_linear` computes it.
+
+    With dropout, all projections see the same dropped input. Backends may read x once for all of them, and add the
+    gradients of x up in one buffer. Our choice (O).
+
+    Args:
+        x: [..., d_in], as in `echo_lora_linear`.
+        projections: at least one `Projection(weight, bias, lora_a, lora_b, scaling, magnitude, echo)`; one dtype for
+            all lora_a; ranks, widths, DoRA and echoes may differ.
+        dropout_p, dora_dropout, backend: as in `echo_lora_linear`.
+
+    Returns:
+        One y, [..., d_out], for each projection.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names the projection and the argument.
+        BackendUnavailable: `backend` names one that cannot run here.
+    """
+    implementation = backends.choose("echo_lora_linear_group", backend, x.device)
+    return implementation(x, projections, dropout_p=dropout_p, dora_dropout=dora_dropout)
 
 
 def echo_network(

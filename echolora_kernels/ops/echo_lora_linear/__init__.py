@@ -2,5 +2,6 @@
 
 from .checks import DORA_DROPOUTS
 from .echo import SITES, Echo
+from .projection import Projection
 
-__all__ = ["DORA_DROPOUTS", "SITES", "Echo"]
+__all__ = ["DORA_DROPOUTS", "SITES", "Echo", "Projection"]

@@ -14,6 +14,7 @@ from .configs import MAX_RANK
 from .echo import Echo
 from .launch import Dropout, as_rows, want_runnable
 from .products import input_product, linear_product
+from .projection import Projection
 from .triton_backward_launch import adapter_backward, lora_a_backward
 from .triton_forward import shrink
 
@@ -163,7 +164,9 @@ class EchoLoRALinearFunction(torch.autograd.Function):
             ddelta = sums.delta.to(delta_dtype)
         ds = None if sums.ds is None else sums.ds.to(x_dtype)
         if inner_delta:
-            ddelta = _inner_delta_gradient(sums.ds, mask, lora_a if ctx.site == "adapter_input" else None)
+            ddelta = inner_sums(sums.ds, mask)
+            if ctx.site == "adapter_input":
+                ddelta = ddelta @ lora_a.to(ddelta.dtype)
             ddelta = ddelta.to(delta_dtype)
         if need_a:
             echo_mask = mask if ctx.site == "adapter_input" else None
@@ -175,11 +178,9 @@ class EchoLoRALinearFunction(torch.autograd.Function):
         return dx, dweight, dbias, da, db, dmagnitude, ddelta, None, None, None, None
 
 
-def _inner_delta_gradient(ds: torch.Tensor, mask: torch.Tensor, lora_a: torch.Tensor | None) -> torch.Tensor:
-    """Sums of dS over each sample's answer, [n, r]; times A, [n, d_in], where the echo enters at the adapter's input."""
-    sums = (mask.to(ds.dtype).unsqueeze(-1) * ds.view(*mask.shape, -1)).sum(1)
-    with torch.autocast(ds.device.type, enabled=False):
-        return sums if lora_a is None else sums @ lora_a.to(ds.dtype)
+def inner_sums(ds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sums of dS over each sample's answer, [n, r]: the gradient of an echo in rank space."""
+    return (mask.to(ds.dtype).unsqueeze(-1) * ds.view(*mask.shape, -1)).sum(1)
 
 
 def _weight_gradient(dy: torch.Tensor, x: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
@@ -216,19 +217,30 @@ def echo_lora_linear(
         TypeError, ValueError: an argument does not fit, or asks for a gradient that these kernels do not have.
     """
     check_arguments(x, weight, bias, lora_a, lora_b, dropout_p, magnitude, echo, dora_dropout)
-    _check_limits(x, weight, lora_a, Dropout(dropout_p, dora=dora_dropout), magnitude, echo)
+    check_limits(x, weight, lora_a, Dropout(dropout_p, dora=dora_dropout), magnitude, echo)
+    x, (weight,) = under_autocast(x, [weight])
     dropout = Dropout.draw(dropout_p, x.device, dora_dropout)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
     if not torch.is_grad_enabled():
         return _forward(x, weight, bias, lora_a, lora_b, magnitude, echo, scaling, dropout, False).y
-    delta, mask, site = (None, None, "output") if echo is None else (echo.delta, echo.mask, echo.site)
-    arguments = (x, weight, bias, lora_a, lora_b, magnitude, delta, mask, site, float(scaling), dropout)
-    return EchoLoRALinearFunction.apply(*arguments)
+    projection = Projection(weight, bias, lora_a, lora_b, scaling, magnitude, echo)
+    return EchoLoRALinearFunction.apply(*apply_arguments(x, weight, projection, dropout))
 
 
-def _check_limits(
+def under_autocast(x: torch.Tensor, weights: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """x and the weights in autocast's dtype where autocast is on."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x, weights
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), [weight.to(dtype) for weight in weights]
+
+
+def apply_arguments(x: torch.Tensor, weight: torch.Tensor, p: Projection, dropout: Dropout) -> tuple[Any, ...]:
+    """The arguments of `EchoLoRALinearFunction.apply`."""
+    delta, mask, site = (None, None, "output") if p.echo is None else (p.echo.delta, p.echo.mask, p.echo.site)
+    return (x, weight, p.bias, p.lora_a, p.lora_b, p.magnitude, delta, mask, site, float(p.scaling), dropout)
+
+
+def check_limits(
     x: torch.Tensor,
     weight: torch.Tensor,
     lora_a: torch.Tensor,
@@ -236,6 +248,7 @@ def _check_limits(
     magnitude: torch.Tensor | None,
     echo: Echo | None,
 ) -> None:
+    """Raise where these kernels cannot compute what `check_arguments` lets through."""
     want_runnable(x)
     if x.dtype not in DTYPES:
         raise TypeError(f"x: got dtype {x.dtype}, wants one of {', '.join(map(str, DTYPES))}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .echo import Echo
+from .projection import Projection
 
 DORA_DROPOUTS = ("exact", "fast")
 
@@ -54,6 +57,23 @@ def check_arguments(
             raise TypeError(f"{name}: got dtype {tensor.dtype}, wants {weight.dtype} as weight (or autocast)")
     if echo is not None:
         _check_echo(x, echo, {"output": d_out, "adapter_input": d_in, "rank": rank}[echo.site])
+
+
+def check_group(x: torch.Tensor, projections: Sequence[Projection], dropout_p: float, dora_dropout: str) -> None:
+    """The same for several projections of one input; with more than one, the message says which."""
+    if not projections:
+        raise ValueError("projections: got none, wants at least one")
+    for index, p in enumerate(projections):
+        try:
+            check_arguments(
+                x, p.weight, p.bias, p.lora_a, p.lora_b, dropout_p, p.magnitude, p.echo, dora_dropout
+            )  # fmt: skip
+            if p.lora_a.dtype != projections[0].lora_a.dtype:
+                raise TypeError(f"lora_a: got dtype {p.lora_a.dtype}, wants {projections[0].lora_a.dtype} as the first")
+        except (TypeError, ValueError) as error:
+            if len(projections) == 1:
+                raise
+            raise type(error)(f"projections[{index}]: {error}") from error
 
 
 def _check_echo(x: torch.Tensor, echo: Echo, width: int) -> None:

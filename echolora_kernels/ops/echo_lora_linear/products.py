@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from . import candidates, configs
 from .candidates import Problem
 from .launch import Dropout, Rows, device_of, one_sample
+from .projection import Projection
 from .triton_backward_launch import input_backward
 from .triton_descriptors import describable, input_by_descriptors, linear_by_descriptors
 from .triton_forward import linear
@@ -60,11 +63,51 @@ def input_product(
             return input_by_descriptors(dy, weight, ds, lora_a, dropout=dropout)
         return input_backward(dy, weight, ds, lora_a, dropout=dropout, gain=gain)
     dx = input_backward(dy, weight, ds, lora_a, dropout=dropout, contract=False)
-    # the gain on W0, [N, K], and not on dY, [M, N]: fewer bytes wherever there are more rows than inputs
+    _add_product(dx, dy, weight, gain)
+    return dx
+
+
+def group_input_product(
+    dys: list[torch.Tensor],
+    projections: Sequence[Projection],
+    ds: list[torch.Tensor],
+    stacked_ds: torch.Tensor,
+    *,
+    gains: Sequence[torch.Tensor | None],
+    dropout: Dropout,
+) -> torch.Tensor:
+    """B3 for projections of one input: their dX in one buffer, each added to what is there.
+
+    Args:
+        dys: [n, T, N] each. ds: [n * T, r] each, in the accumulator's dtype; stacked_ds: all of them, in dY's dtype.
+        gains: [N] or None each. dropout: as in the forward pass.
+
+    Returns:
+        dX, [n * T, K].
+    """
+    if dropout.on_base and any(gain is not None for gain in gains):  # each dropped part has products of its own
+        dx = None
+        for dy, p, d, gain in zip(dys, projections, ds, gains, strict=True):
+            dx = input_backward(dy, p.weight, d.to(dy.dtype), p.lora_a, dropout=dropout, gain=gain, base=dx)
+        return dx
+    lora_a = torch.cat([p.lora_a.to(dys[0].dtype) for p in projections])
+    dx = input_product(dys[0], projections[0].weight, stacked_ds, lora_a, dropout=dropout, gain=gains[0])
+    for dy, p, gain in zip(dys[1:], projections[1:], gains[1:], strict=True):
+        if _candidate("input-gradient", dy, p.weight, len(p.lora_a), gain, dropout) == "fused":
+            input_backward(dy, p.weight, None, None, dropout=Dropout(), gain=gain, base=dx)
+        else:
+            _add_product(dx, dy, p.weight, gain)
+    return dx
+
+
+def _add_product(dx: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor | None) -> None:
+    """dx += (g * dY) W0 by the vendor's GEMM.
+
+    The gain goes on W0, [N, K], and not on dY, [M, N]: fewer bytes wherever there are more rows than inputs.
+    """
     scaled = weight if gain is None else (weight * gain.unsqueeze(1)).to(weight.dtype)
     with torch.autocast(dy.device.type, enabled=False):
         torch.addmm(dx, one_sample(dy)[0], scaled, out=dx)
-    return dx
 
 
 def _candidate(

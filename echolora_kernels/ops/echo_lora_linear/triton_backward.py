@@ -35,6 +35,7 @@ def adapter_bwd_kernel(
     R,
     N_TILES,
     TILES_PER_SPLIT,
+    stride_s,
     stride_dy_n,
     stride_dy_t,
     stride_dy_d,
@@ -93,7 +94,7 @@ def adapter_bwd_kernel(
             p_ds = ds + (i_n.to(tl.int64) * M + o_m)[:, None] * R + o_r[None, :]
             tl.store(p_ds, b_ds.to(ds.dtype.element_ty), mask=m_s)
         if NEED_DB:
-            b_s = tl.load(s + o_m[:, None] * R + o_r[None, :], mask=m_s, other=0.0)
+            b_s = tl.load(s + o_m[:, None] * stride_s + o_r[None, :], mask=m_s, other=0.0)
             b_db = tl.dot(tl.trans(b_dy), b_s, b_db, input_precision=PRECISION, out_dtype=ACC)
         if NEED_DBIAS:
             b_dbias += tl.sum(b_dy.to(ACC), 0)
@@ -203,6 +204,7 @@ def input_bwd_kernel(
     DROPOUT: tl.constexpr,
     DROP_BELOW: tl.constexpr,
     KEEP_SCALE: tl.constexpr,
+    HAS_BASE: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     DORA_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -261,4 +263,6 @@ def input_bwd_kernel(
         b_dx += tl.where(m_keep, b_dropped * KEEP_SCALE, 0.0)
 
     p_dx = dx + o_m.to(tl.int64)[:, None] * K + o_k[None, :]
+    if HAS_BASE:  # what the other projections of a group have contributed
+        b_dx += tl.load(p_dx, mask=m_m[:, None] & m_k[None, :], other=0.0).to(ACC)
     tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=m_m[:, None] & m_k[None, :])

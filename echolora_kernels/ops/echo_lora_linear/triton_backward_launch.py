@@ -118,6 +118,7 @@ def adapter_backward(
         R=rank,
         N_TILES=row_tiles,
         TILES_PER_SPLIT=per_split,
+        stride_s=0 if s is None else s.stride(0),
         stride_dy_n=dy.stride(0),
         stride_dy_t=dy.stride(1),
         stride_dy_d=dy.stride(2),
@@ -219,12 +220,13 @@ def lora_a_backward(
 def input_backward(
     dy: torch.Tensor,
     weight: torch.Tensor,
-    ds: torch.Tensor,
-    lora_a: torch.Tensor,
+    ds: torch.Tensor | None,
+    lora_a: torch.Tensor | None,
     *,
     dropout: Dropout,
     gain: torch.Tensor | None = None,
     contract: bool = True,
+    base: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """B3: ``dX = (g * dY) W0 + drop'(dS A)``.
@@ -233,8 +235,9 @@ def input_backward(
 
     Args:
         dy: [n, T, N], any strides; never written.
-        weight: [N, K]. ds: [n * T, r], contiguous, in dy's dtype. lora_a: [r, K].
+        weight: [N, K]. ds: [n * T, r], contiguous, in dy's dtype. lora_a: [r, K]. Both None: no dS A.
         dropout: as in the forward pass. gain: [N] or None.
+        base: [n * T, K], contiguous, to add to, in place: the dX of other projections of the same input.
         contract: False leaves out the product with W0, for the vendor's GEMM to add.
         tile: launch config; None chooses.
 
@@ -243,12 +246,12 @@ def input_backward(
     """
     rows = Rows.of(dy)
     d_out, d_in = weight.shape
-    rank = lora_a.shape[0]
-    block_r = configs.rank_step(rank)
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    block_r = configs.rank_step(max(rank, 1))
     two_products = gain is not None and dropout.on_base
     load = "twin" if two_products else "plain"
     tile = tile or configs.matmul_tile(rows.total, d_in, dy.dtype, device_of(dy), load)
-    dx = dy.new_empty((rows.total, d_in))
+    dx = dy.new_empty((rows.total, d_in)) if base is None else base
     run(
         input_bwd_kernel,
         (-(-rows.total // tile.rows) * -(-d_in // tile.cols),),
@@ -271,9 +274,10 @@ def input_backward(
         stride_dy_d=dy.stride(2),
         stride_w_n=weight.stride(0),
         stride_w_k=weight.stride(1),
-        stride_a_r=lora_a.stride(0),
-        stride_a_k=lora_a.stride(1),
+        stride_a_r=0 if lora_a is None else lora_a.stride(0),
+        stride_a_k=0 if lora_a is None else lora_a.stride(1),
         **dropout.constants(),
+        HAS_BASE=base is not None,
         HAS_GAIN=gain is not None,
         DORA_DROPOUT=two_products,
         BLOCK_M=tile.rows,

@@ -60,6 +60,7 @@ def add_low_rank(
     m_m,
     m_n,
     R,
+    stride_s,
     stride_b_n,
     stride_b_r,
     RANK_STEPS: tl.constexpr,
@@ -67,11 +68,13 @@ def add_low_rank(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """b_z + S B^T for one output tile, in the same accumulator; s is [M, R], contiguous, b has any strides."""
+    """b_z + S B^T for one output tile, in the same accumulator; rows of s are stride_s apart, b has any strides."""
     for i_step in tl.static_range(RANK_STEPS):
         o_r = i_step * BLOCK_R + tl.arange(0, BLOCK_R)
         m_r = o_r < R
-        b_s = tl.load(s + o_m.to(tl.int64)[:, None] * R + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)
+        b_s = tl.load(
+            s + o_m.to(tl.int64)[:, None] * stride_s + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0
+        )
         p_b = b + o_n.to(tl.int64)[None, :] * stride_b_n + o_r.to(tl.int64)[:, None] * stride_b_r
         b_b = tl.load(p_b, mask=m_r[:, None] & m_n[None, :], other=0.0)
         b_z = tl.dot(b_s, b_b.to(b_s.dtype), b_z, input_precision=PRECISION, out_dtype=ACC)

@@ -37,6 +37,7 @@ def linear_descriptor_fwd_kernel(
     K,
     N,
     R,
+    stride_s,
     stride_b_n,
     stride_b_r,
     stride_bias,
@@ -70,7 +71,7 @@ def linear_descriptor_fwd_kernel(
             b_x, b_w = x.load([i_row, i_k]), w.load([i_col, i_k])
             b_z = tl.dot(b_x, b_w.T, b_z, input_precision=PRECISION, out_dtype=ACC)
         b_z = add_low_rank(
-            b_z, s, b, o_m, o_n, m_m, m_n, R, stride_b_n, stride_b_r, RANK_STEPS, BLOCK_R, ACC, PRECISION
+            b_z, s, b, o_m, o_n, m_m, m_n, R, stride_s, stride_b_n, stride_b_r, RANK_STEPS, BLOCK_R, ACC, PRECISION
         )  # fmt: skip
         if STORE_Z:
             o_z = o_m.to(tl.int64)[:, None] * N + o_n[None, :]
@@ -120,7 +121,7 @@ def input_descriptor_bwd_kernel(
         b_dx = tl.zeros([BLOCK_M, BLOCK_K], ACC)
         # A^T has the place that B has in the forward pass
         b_dx = add_low_rank(
-            b_dx, ds, a, o_m, o_k, o_m < M, o_k < K, R, stride_a_k, stride_a_r, RANK_STEPS, BLOCK_R, ACC, PRECISION
+            b_dx, ds, a, o_m, o_k, o_m < M, o_k < K, R, R, stride_a_k, stride_a_r, RANK_STEPS, BLOCK_R, ACC, PRECISION
         )  # fmt: skip
         if DROPOUT:
             m_keep = keep_mask(tl.load(seed), o_m, i_k, K, DROP_BELOW, BLOCK_M, BLOCK_K)
@@ -194,6 +195,7 @@ def linear_by_descriptors(
         K=d_in,
         N=d_out,
         R=rank,
+        stride_s=s.stride(0),
         stride_b_n=lora_b.stride(0),
         stride_b_r=lora_b.stride(1),
         stride_bias=0 if bias is None else bias.stride(0),

@@ -119,6 +119,7 @@ def linear_fwd_kernel(
     stride_x_k,
     stride_w_n,
     stride_w_k,
+    stride_s,
     stride_b_n,
     stride_b_r,
     stride_bias,
@@ -174,7 +175,7 @@ def linear_fwd_kernel(
         b_z = b_y
 
     b_z = add_low_rank(
-        b_z, s, b, o_m, o_n, m_m, m_n, R, stride_b_n, stride_b_r, RANK_STEPS, BLOCK_R, ACC, PRECISION
+        b_z, s, b, o_m, o_n, m_m, m_n, R, stride_s, stride_b_n, stride_b_r, RANK_STEPS, BLOCK_R, ACC, PRECISION
     )  # fmt: skip
     if STORE_Z:
         tl.store(z + o_y, b_z.to(z.dtype.element_ty), mask=m_y)
@@ -290,7 +291,7 @@ def linear(
     With DoRA and exact dropout, ``z = drop(x) W0^T + S B^T`` and ``y`` gains ``(x - drop(x)) W0^T``: PEFT's form.
 
     Args:
-        x: [n, T, K]. weight: [N, K]. s: [n * T, r], contiguous, scaling included. lora_b: [N, r].
+        x: [n, T, K]. weight: [N, K]. s: [n * T, r], unit stride, scaling included. lora_b: [N, r].
         bias, gain: [N] or None; gain is contiguous.
         delta, mask: the echo at the output, [n, N] and [n, T], or None.
         dropout: probability and seed; it only matters with a gain.
@@ -345,6 +346,7 @@ def linear(
         stride_x_k=x.stride(2),
         stride_w_n=weight.stride(0),
         stride_w_k=weight.stride(1),
+        stride_s=s.stride(0),
         stride_b_n=lora_b.stride(0),
         stride_b_r=lora_b.stride(1),
         stride_bias=0 if bias is None else bias.stride(0),
