@@ -34,6 +34,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "codegen: compiles kernels and runs none, so it needs neither GPU nor interpreter"
     )
+    config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line("markers", "full: takes minutes; runs with -m full only")
 
 

@@ -1,0 +1,130 @@
+"""What only a GPU can show: 16-bit accuracy, repeatability, graphs, memory. Skipped where there is none."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from triton_cases import SITES, error_ratios, make
+
+from echolora_kernels.functional import echo_lora_linear
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+RATIO = 1.5
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def rounded(case, dtype):
+    """The case in `dtype`, and the same rounded numbers in float64."""
+    narrow = case.to(dtype)
+    return narrow, narrow.to(torch.float64)
+
+
+@pytest.mark.parametrize("candidate", ["fused", "vendor"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("r", [8, 16, 128])
+def test_as_exact_as_torch(monkeypatch, candidate, dtype, dora, site, r):
+    """Largest and rms error of y and every gradient: at most 1.5 times plain torch's, both against float64."""
+    from echolora_kernels.ops.echo_lora_linear import candidates
+
+    pick = -1 if candidate == "vendor" else 0
+    monkeypatch.setattr(
+        candidates, "choose", lambda problem, *_: candidates.Choice(candidates.possible(problem)[pick], "test")
+    )
+    case, exact = rounded(make(n=4, t=250, d_in=1000, d_out=776, r=r, site=site, dora=dora), dtype)
+    ratios = error_ratios(case.results("triton"), case.results("reference"), exact.results("reference"))
+    assert max(max(pair) for pair in ratios.values()) <= RATIO, ratios
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_hundred_repeats_are_bitwise_equal(dora):
+    case = make(n=4, t=512, d_in=1024, d_out=1536, r=16, site="output", dora=dora, dtype=torch.bfloat16, p=0.1)
+    first = case.results("triton")
+    for _ in range(100):
+        again = case.results("triton")
+        for name, value in first.items():
+            assert torch.equal(again[name], value), name
+
+
+def test_another_stream_gives_the_same():
+    case = make(n=2, t=128, d_in=512, d_out=256, r=16, site="output", dtype=torch.bfloat16)
+    want = case.results("triton")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = case.results("triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_cuda_graph_capture(p):
+    """A captured forward and backward replays; with dropout each replay draws another mask."""
+    case = make(n=2, t=128, d_in=512, d_out=256, r=16, site="output", dtype=torch.bfloat16, p=p)
+    x = case.x.clone().requires_grad_()
+    a = case.lora_a.clone().requires_grad_()
+
+    def step():
+        y = replace(case, x=x, lora_a=a).call("triton")
+        return (y, *torch.autograd.grad(y, [x, a], case.dy))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    first = [t.clone() for t in captured]
+    graph.replay()
+    if p:
+        assert not torch.equal(captured[0], first[0])
+    else:
+        assert all(torch.equal(t, before) for t, before in zip(captured, first, strict=True))
+        assert all(torch.equal(t, eager) for t, eager in zip(captured, step(), strict=True))
+
+
+def test_peak_memory_holds_no_copy_of_x_and_no_mask():
+    n, t, d_in, d_out, r = 8, 1024, 4096, 1024, 16
+    case = make(n=n, t=t, d_in=d_in, d_out=d_out, r=r, bias=False, dtype=torch.bfloat16, p=0.1)
+    x = case.x.requires_grad_()
+    a, b = case.lora_a.float().requires_grad_(), case.lora_b.float().requires_grad_()
+
+    def forward():
+        return echo_lora_linear(x, case.weight, None, a, b, 1.0, dropout_p=0.1, backend="triton")
+
+    forward().backward(case.dy)
+    x.grad = a.grad = b.grad = None
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = forward()
+    kept, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    rows, output = n * t, n * t * d_out * 2
+    assert kept <= output + rows * r * 2 + 2**20
+    assert peak <= kept + rows * r * 4 * 16 + 2**20
+    y.backward(case.dy)
+    assert torch.cuda.max_memory_allocated() - before <= output + rows * d_in * 2 + rows * r * 4 * 64 + 2**22
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tensors_beyond_two_to_the_31_elements(dtype):
+    rows = 2**31 // 512 + 300
+    if torch.cuda.mem_get_info()[0] < 5 * rows * 512 * dtype.itemsize:
+        pytest.skip("needs more GPU memory")
+    x = torch.zeros(1, rows, 512, dtype=dtype, device="cuda")
+    x[0, -200:] = torch.randn(200, 512, device="cuda").to(dtype)
+    small = make(n=1, t=200, d_in=512, d_out=512, r=8, dtype=dtype)
+    small = replace(small, x=x[:, -200:])
+    large = replace(small, x=x, dy=None)
+    with torch.no_grad():
+        assert torch.equal(large.call("triton")[:, -200:], small.call("triton"))
