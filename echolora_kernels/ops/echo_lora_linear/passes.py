@@ -138,7 +138,7 @@ def backward_pass(
         dmagnitude = (sums.gain / norm.clamp_min(torch.finfo(norm.dtype).tiny)).to(magnitude_dtype)
     if sums.delta is not None:
         ddelta = sums.delta.to(delta_dtype)
-    ds = None if sums.ds is None else sums.ds.to(x_dtype)
+    ds: Maybe = None if sums.ds is None else sums.ds.to(x_dtype)
     if inner_delta:
         ddelta = _inner_delta_gradient(sums.ds, mask, lora_a if site == "adapter_input" else None)
         ddelta = ddelta.to(delta_dtype)
