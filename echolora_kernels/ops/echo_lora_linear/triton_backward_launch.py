@@ -243,7 +243,9 @@ def input_backward(
     d_out, d_in = weight.shape
     rank = lora_a.shape[0]
     block_r = configs.rank_step(rank)
-    load = "twin" if gain is not None and dropout.p > 0 else "plain"
+    load = "plain"
+    if dropout.p > 0:  # the mask of several rank steps no longer fits beside the "wide" accumulator
+        load = "twin" if gain is not None else "rich" if rank > configs.MAX_RANK_STEP else "plain"
     tile = tile or configs.matmul_tile(rows.total, d_in, dy.dtype, device_of(dy), load)
     dx = dy.new_empty((rows.total, d_in))
     run(
