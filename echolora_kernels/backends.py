@@ -1,6 +1,6 @@
 """Which implementation of an operator runs: probing, choosing, and saying why not.
 
-`functional` calls `choose(op, requested, device)`; a backend is a module path per operator plus a probe. An explicit
+`functional` calls `choose(op, requested, device)`; a backend is an import per operator plus a probe. An explicit
 name insists (BackendUnavailable otherwise); None takes the environment variable ECHOLORA_BACKEND, else the first
 backend that is available, has the operator, and is meant for tensors on that device.
 """
@@ -8,7 +8,6 @@ backend that is available, has the operator, and is meant for tensors on that de
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -27,13 +26,13 @@ class Backend:
 
     Args:
         name: what a caller passes as `backend=`.
-        operators: operator name -> "module:function" below this package.
+        operators: operator name -> a function that imports the implementation and returns it.
         why_unavailable: probe; None when the backend can run here, else the reason.
         preferred_on: device types on which it is chosen without being named; None for all.
     """
 
     name: str
-    operators: dict[str, str]
+    operators: dict[str, Callable[[], Callable]]
     why_unavailable: Callable[[], str | None]
     preferred_on: tuple[str, ...] | None = None
 
@@ -57,13 +56,49 @@ def _why_no_triton() -> str | None:
     return None
 
 
+def _triton_echo_lora_linear() -> Callable:
+    from .ops.echo_lora_linear.autograd import echo_lora_linear
+
+    return echo_lora_linear
+
+
+def _triton_echo_lora_linear_group() -> Callable:
+    from .ops.echo_lora_linear.triton_group import echo_lora_linear_group
+
+    return echo_lora_linear_group
+
+
+def _reference_echo_lora_linear() -> Callable:
+    from .ops.echo_lora_linear.reference import echo_lora_linear
+
+    return echo_lora_linear
+
+
+def _reference_echo_lora_linear_group() -> Callable:
+    from .ops.echo_lora_linear.reference import echo_lora_linear_group
+
+    return echo_lora_linear_group
+
+
+def _reference_echo_network() -> Callable:
+    from .ops.echo_network.reference import echo_network
+
+    return echo_network
+
+
+def _reference_echo_distillation() -> Callable:
+    from .ops.echo_distillation.reference import echo_distillation
+
+    return echo_distillation
+
+
 # In order of preference; the reference is last because it always works.
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="triton",
         operators={
-            "echo_lora_linear": "ops.echo_lora_linear.autograd:echo_lora_linear",
-            "echo_lora_linear_group": "ops.echo_lora_linear.triton_group:echo_lora_linear_group",
+            "echo_lora_linear": _triton_echo_lora_linear,
+            "echo_lora_linear_group": _triton_echo_lora_linear_group,
         },
         why_unavailable=_why_no_triton,
         preferred_on=("cuda",),
@@ -71,10 +106,10 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="reference",
         operators={
-            "echo_lora_linear": "ops.echo_lora_linear.reference:echo_lora_linear",
-            "echo_lora_linear_group": "ops.echo_lora_linear.reference:echo_lora_linear_group",
-            "echo_network": "ops.echo_network.reference:echo_network",
-            "echo_distillation": "ops.echo_distillation.reference:echo_distillation",
+            "echo_lora_linear": _reference_echo_lora_linear,
+            "echo_lora_linear_group": _reference_echo_lora_linear_group,
+            "echo_network": _reference_echo_network,
+            "echo_distillation": _reference_echo_distillation,
         },
         why_unavailable=_always_available,
     ),
@@ -93,17 +128,26 @@ def choose(op: str, requested: str | None = None, device: torch.device | None = 
         ValueError: no backend has that name.
         BackendUnavailable: the named backend cannot run here or lacks the operator.
     """
+    return _by_name(_chosen_name(op, requested, device)).operators[op]()
+
+
+def _chosen_name(op: str, requested: str | None, device: torch.device | None) -> str:
     requested = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if requested is not None:
         backend = _by_name(requested)
         reason = backend.why_unavailable() or _why_lacking(backend, op)
         if reason:
             raise BackendUnavailable(f"backend {requested!r} cannot run {op}: {reason}")
-        return _load(backend, op)
+        return requested
     for backend in BACKENDS:
         if op in backend.operators and _preferred(backend, device) and backend.why_unavailable() is None:
-            return _load(backend, op)
+            return backend.name
     raise BackendUnavailable(f"no backend can run {op}: {availability()}")
+
+
+# What `torch.compiler.assume_constant_result` does, less its import of dynamo, which imports triton: a graph that
+# torch.compile traces takes the choice as a constant, since the probes cannot be traced.
+_chosen_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def availability() -> dict[str, str]:
@@ -125,8 +169,3 @@ def _preferred(backend: Backend, device: torch.device | None) -> bool:
 
 def _why_lacking(backend: Backend, op: str) -> str | None:
     return None if op in backend.operators else "it does not implement this operator"
-
-
-def _load(backend: Backend, op: str) -> Callable:
-    module, _, function = backend.operators[op].partition(":")
-    return getattr(importlib.import_module(f"{__package__}.{module}"), function)

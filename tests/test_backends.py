@@ -16,8 +16,7 @@ OPS = list(REFERENCE)
 
 def marked(name, reason=None, ops=("echo_lora_linear",)):
     """A backend whose implementations can be told from the reference's."""
-    paths = {op: "ops.dora_norm.reference:dora_norm" for op in ops}
-    return backends.Backend(name, paths, lambda: reason)
+    return backends.Backend(name, {op: lambda: reference.dora_norm for op in ops}, lambda: reason)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +49,7 @@ def test_unknown_name(from_environment, monkeypatch, put_first):
     put_first(marked("fast"))
     if from_environment:
         monkeypatch.setenv("ECHOLORA_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match=r"^backend: got 'nonsense', wants one of 'fast', 'reference'"):
+    with pytest.raises(ValueError, match=r"^backend: got 'nonsense', wants one of 'fast', 'triton', 'reference'"):
         backends.choose("echo_lora_linear", None if from_environment else "nonsense")
 
 
@@ -92,7 +91,9 @@ def test_nothing_can_run(monkeypatch):
 
 def test_availability(put_first):
     put_first(marked("fast", "there is no such device"))
-    assert backends.availability() == {"fast": "there is no such device", "reference": "available"}
+    found = backends.availability()
+    assert list(found) == ["fast", "triton", "reference"]
+    assert (found["fast"], found["reference"]) == ("there is no such device", "available")
 
 
 @pytest.mark.parametrize(

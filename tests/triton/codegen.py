@@ -139,7 +139,8 @@ def launches(arch, dtype, everything):
             where, tile = f"{name} r{rank}", {"tile": tiles[name]}
             if name in configs.matmul_tiles("plain"):
                 yield from record(f"{where} lora", linear, x, weight, s, b, bias=vector, dropout=none, **tile)
-                yield from record(f"{where} dropout", input_backward, x, weight, s, a, dropout=some, **tile)
+                if name in configs.matmul_tiles("plain" if rank <= configs.MAX_RANK_STEP else "rich"):
+                    yield from record(f"{where} dropout", input_backward, x, weight, s, a, dropout=some, **tile)
                 yield from record(f"{where} dora", input_backward, x, weight, s, a, gain=gain, dropout=none, **tile)
                 if everything:
                     yield from record(f"{where} lora", input_backward, x, weight, s, a, dropout=none, **tile)

@@ -2,80 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..dora_norm.triton_norm import dora_norm
-from .checks import check_arguments
+from .checks import check_group
 from .configs import MAX_RANK
 from .echo import Echo
-from .launch import Dropout, as_rows, want_runnable
-from .products import input_product, linear_product
+from .launch import Dropout, want_runnable
+from .operators import compiled_echo_lora_linear
+from .passes import ForwardResult, backward_pass, forward_pass
 from .projection import Projection
-from .triton_backward_launch import adapter_backward, lora_a_backward
-from .triton_forward import shrink
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class _Forward:
-    """What one forward pass leaves behind; y has x's leading dimensions."""
-
-    y: torch.Tensor
-    s: torch.Tensor
-    z: torch.Tensor | None
-    norm: torch.Tensor | None
-    gain: torch.Tensor | None
-
-
-def _forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    magnitude: torch.Tensor | None,
-    echo: Echo | None,
-    scaling: float,
-    dropout: Dropout,
-    store_z: bool,
-) -> _Forward:
-    if x.shape[:-1].numel() == 0:
-        nothing = x.new_empty((*x.shape[:-1], weight.shape[0]))
-        return _Forward(nothing, nothing, None, None, None)
-    rows = as_rows(x)
-    norm = gain = None
-    if magnitude is not None:
-        norm, gain = dora_norm(weight, lora_a, lora_b, scaling, magnitude)
-    inner = echo if echo is not None and echo.site != "output" else None
-    outer = echo if echo is not None and echo.site == "output" else None
-    s = shrink(
-        rows,
-        lora_a,
-        scaling,
-        dropout=dropout,
-        site="none" if inner is None else inner.site,
-        delta=None if inner is None else inner.delta,
-        mask=None if inner is None else inner.mask,
-    )
-    y, z = linear_product(
-        rows,
-        weight,
-        s,
-        lora_b,
-        bias=bias,
-        gain=gain,
-        delta=None if outer is None else outer.delta,
-        mask=None if outer is None else outer.mask,
-        dropout=dropout,
-        store_z=store_z,
-        shape=(*x.shape[:-1], weight.shape[0]),
-    )
-    return _Forward(y, s, z, norm, gain)
 
 
 class EchoLoRALinearFunction(torch.autograd.Function):
@@ -102,7 +42,7 @@ class EchoLoRALinearFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         need_x, need_weight, _, need_a, need_b, need_magnitude, need_delta = ctx.needs_input_grad[:7]
         echo = None if delta is None or mask is None else Echo(delta, mask, site)
-        out = _forward(x, weight, bias, lora_a, lora_b, magnitude, echo, scaling, dropout, need_magnitude)
+        out = forward_pass(x, weight, bias, lora_a, lora_b, magnitude, echo, scaling, dropout, need_magnitude)
         need_ds = need_x or need_a or (need_delta and site != "output")
         ctx.site, ctx.scaling, ctx.dropout = site, scaling, (dropout.p, dropout.dora)
         inputs = (x, weight, bias, lora_a, lora_b, magnitude, delta)
@@ -125,69 +65,23 @@ class EchoLoRALinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        need_x, need_weight, need_bias, need_a, need_b, need_magnitude, need_delta = ctx.needs_input_grad[:7]
         x, weight, lora_a, lora_b, delta, mask, s, z, norm, gain, seed = ctx.saved_tensors
-        if dy.numel() == 0:
-            zeros = [dy.new_zeros(kind[0], dtype=kind[1]) if kind else None for kind in ctx.kinds]
-            return *(zero if need else None for zero, need in zip(zeros, ctx.needs_input_grad, strict=False)), *[
-                None
-            ] * 4
-        dtypes = [None if kind is None else kind[1] for kind in ctx.kinds]
-        x_dtype, w_dtype, bias_dtype, a_dtype, b_dtype, magnitude_dtype, delta_dtype = dtypes
-        dropout = Dropout(ctx.dropout[0], seed, ctx.dropout[1])
-        inner_delta = need_delta and ctx.site != "output"
-        need_ds = need_x or need_a or inner_delta
-        dy_rows = as_rows(dy)
-        dx = dweight = dbias = da = db = dmagnitude = ddelta = None
-
-        sums = adapter_backward(
-            dy_rows,
-            s,
+        gradients = backward_pass(
+            dy,
+            x,
+            weight,
+            lora_a,
             lora_b,
+            delta,
+            mask,
+            ForwardResult(dy, s, z, norm, gain),
+            ctx.site,
             ctx.scaling,
-            gain=gain,
-            z=z,
-            mask=mask if ctx.site == "output" else None,
-            need_ds=need_ds,
-            need_lora_b=need_b,
-            need_bias=need_bias,
-            need_gain=need_magnitude,
-            need_delta=need_delta and ctx.site == "output",
+            Dropout(ctx.dropout[0], seed, ctx.dropout[1]),
+            ctx.kinds,
+            ctx.needs_input_grad[:7],
         )
-        if sums.bias is not None:
-            dbias = sums.bias.to(bias_dtype)
-        if sums.lora_b is not None:
-            db = sums.lora_b.to(b_dtype)
-        if sums.gain is not None:
-            dmagnitude = (sums.gain / norm.clamp_min(torch.finfo(norm.dtype).tiny)).to(magnitude_dtype)
-        if sums.delta is not None:
-            ddelta = sums.delta.to(delta_dtype)
-        ds = None if sums.ds is None else sums.ds.to(x_dtype)
-        if inner_delta:
-            ddelta = inner_sums(sums.ds, mask)
-            if ctx.site == "adapter_input":
-                ddelta = ddelta @ lora_a.to(ddelta.dtype)
-            ddelta = ddelta.to(delta_dtype)
-        if need_a:
-            echo_mask = mask if ctx.site == "adapter_input" else None
-            da = lora_a_backward(as_rows(x), ds, dropout=dropout, delta=delta, mask=echo_mask, dtype=a_dtype)
-        if need_x:
-            dx = input_product(dy_rows, weight, ds, lora_a, dropout=dropout, gain=gain).view(ctx.kinds[0][0])
-        if need_weight:
-            dweight = _weight_gradient(dy_rows, as_rows(x), gain).to(w_dtype)
-        return dx, dweight, dbias, da, db, dmagnitude, ddelta, None, None, None, None
-
-
-def inner_sums(ds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sums of dS over each sample's answer, [n, r]: the gradient of an echo in rank space."""
-    return (mask.to(ds.dtype).unsqueeze(-1) * ds.view(*mask.shape, -1)).sum(1)
-
-
-def _weight_gradient(dy: torch.Tensor, x: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
-    """dW0 of an unfrozen layer by the vendor's matmul: it is no part of adapter training, so no kernel serves it."""
-    dz = dy if gain is None else (dy * gain).to(dy.dtype)
-    with torch.autocast(dy.device.type, enabled=False):
-        return dz.reshape(-1, dz.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        return *gradients, None, None, None, None
 
 
 def echo_lora_linear(
@@ -216,14 +110,23 @@ def echo_lora_linear(
         BackendUnavailable: x is on a device that no Triton kernel runs on.
         TypeError, ValueError: an argument does not fit, or asks for a gradient that these kernels do not have.
     """
-    check_arguments(x, weight, bias, lora_a, lora_b, dropout_p, magnitude, echo, dora_dropout)
-    check_limits(x, weight, lora_a, Dropout(dropout_p, dora=dora_dropout), magnitude, echo)
+    only = Projection(weight, bias, lora_a, lora_b, scaling, magnitude, echo)
+    check_group(x, [only], dropout_p, dora_dropout)
+    check_limits(x, only, dropout_p, dora_dropout)
     x, (weight,) = under_autocast(x, [weight])
-    dropout = Dropout.draw(dropout_p, x.device, dora_dropout)
+    return apply(x, weight, only, Dropout.draw(dropout_p, x.device, dora_dropout))
+
+
+def apply(x: torch.Tensor, weight: torch.Tensor, p: Projection, dropout: Dropout) -> torch.Tensor:
+    """y of one projection, `weight` in place of its own: traced, without gradients, or by the autograd Function."""
+    if torch.compiler.is_compiling():
+        return compiled_echo_lora_linear(x, weight, p, dropout)
     if not torch.is_grad_enabled():
-        return _forward(x, weight, bias, lora_a, lora_b, magnitude, echo, scaling, dropout, False).y
-    projection = Projection(weight, bias, lora_a, lora_b, scaling, magnitude, echo)
-    return EchoLoRALinearFunction.apply(*apply_arguments(x, weight, projection, dropout))
+        inputs = (x, weight, p.bias, p.lora_a, p.lora_b, p.magnitude, p.echo)
+        return forward_pass(*inputs, p.scaling, dropout, False).y
+    delta, mask, site = (None, None, "output") if p.echo is None else (p.echo.delta, p.echo.mask, p.echo.site)
+    tensors = (x, weight, p.bias, p.lora_a, p.lora_b, p.magnitude, delta, mask)
+    return EchoLoRALinearFunction.apply(*tensors, site, float(p.scaling), dropout)
 
 
 def under_autocast(x: torch.Tensor, weights: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -234,29 +137,17 @@ def under_autocast(x: torch.Tensor, weights: list[torch.Tensor]) -> tuple[torch.
     return x.to(dtype), [weight.to(dtype) for weight in weights]
 
 
-def apply_arguments(x: torch.Tensor, weight: torch.Tensor, p: Projection, dropout: Dropout) -> tuple[Any, ...]:
-    """The arguments of `EchoLoRALinearFunction.apply`."""
-    delta, mask, site = (None, None, "output") if p.echo is None else (p.echo.delta, p.echo.mask, p.echo.site)
-    return (x, weight, p.bias, p.lora_a, p.lora_b, p.magnitude, delta, mask, site, float(p.scaling), dropout)
-
-
-def check_limits(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    dropout: Dropout,
-    magnitude: torch.Tensor | None,
-    echo: Echo | None,
-) -> None:
+def check_limits(x: torch.Tensor, p: Projection, dropout_p: float, dora_dropout: str) -> None:
     """Raise where these kernels cannot compute what `check_arguments` lets through."""
     want_runnable(x)
     if x.dtype not in DTYPES:
         raise TypeError(f"x: got dtype {x.dtype}, wants one of {', '.join(map(str, DTYPES))}")
-    if lora_a.shape[0] > MAX_RANK:
-        raise ValueError(f"lora_a: got rank {lora_a.shape[0]}, wants at most {MAX_RANK} on the triton backend")
+    if p.lora_a.shape[0] > MAX_RANK:
+        raise ValueError(f"lora_a: got rank {p.lora_a.shape[0]}, wants at most {MAX_RANK} on the triton backend")
     if not torch.is_grad_enabled():
         return
-    if echo is not None and echo.mask.requires_grad:
+    if p.echo is not None and p.echo.mask.requires_grad:
         raise ValueError("echo.mask: requires a gradient, wants a constant on the triton backend")
-    if weight.requires_grad and magnitude is not None and dropout.on_base:
+    two_products = p.magnitude is not None and dropout_p > 0 and dora_dropout == "exact"
+    if p.weight.requires_grad and two_products:
         raise ValueError("weight: requires a gradient, wants a frozen one for exact DoRA dropout on the triton backend")

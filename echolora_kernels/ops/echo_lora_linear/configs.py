@@ -110,7 +110,8 @@ def matmul_tile(rows: int, cols: int, dtype: torch.dtype, device: Device, load: 
 
     Args:
         load: what the kernel keeps in registers: "plain" is one accumulator; "rich" adds an epilogue with DoRA or an
-            echo, which the "wide" tile would spill; "twin" is two accumulators (DoRA with dropout).
+            echo, or the dropout mask of a thick adapter, which the "wide" tile would spill; "twin" is two
+            accumulators (DoRA with dropout).
     """
     listed = candidates("matmul", dtype, device.arch)
     tiles = [listed[name] for name in matmul_tiles(load) if name in listed]

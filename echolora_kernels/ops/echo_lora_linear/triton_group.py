@@ -13,11 +13,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..dora_norm.triton_norm import dora_norm
-from .autograd import EchoLoRALinearFunction, apply_arguments, check_limits, inner_sums, under_autocast
+from .autograd import apply, check_limits, under_autocast
 from .checks import check_group
 from .configs import MAX_RANK
 from .echo import Echo
 from .launch import Dropout, accumulator_dtype, as_rows
+from .passes import inner_sums
 from .products import group_input_product, linear_product
 from .projection import Projection
 from .triton_backward_launch import adapter_backward, lora_a_backward
@@ -184,11 +185,12 @@ def echo_lora_linear_group(
     """Several adapted linears of one input, by Triton kernels.
 
     See `echolora_kernels.functional.echo_lora_linear_group`. Projections whose ranks add up to more than 256, that
-    share no mask for echoes inside the adapter, or that train a weight, are computed one by one with one dropout mask.
+    share no mask for echoes inside the adapter, or that train a weight, and graphs that torch.compile traces, are
+    computed one by one with one dropout mask.
     """
     check_group(x, projections, dropout_p, dora_dropout)
     for p in projections:
-        check_limits(x, p.weight, p.lora_a, Dropout(dropout_p, dora=dora_dropout), p.magnitude, p.echo)
+        check_limits(x, p, dropout_p, dora_dropout)
     x, weights = under_autocast(x, [p.weight for p in projections])
     dropout = Dropout.draw(dropout_p, x.device, dora_dropout)
     masks = {id(p.echo.mask) for p in projections if p.echo is not None and p.echo.site != "output"}
@@ -197,12 +199,10 @@ def echo_lora_linear_group(
         and len(masks) <= 1
         and not any(weight.requires_grad for weight in weights)
         and x.shape[:-1].numel() > 0
+        and not torch.compiler.is_compiling()
     )
     if not together:
-        return tuple(
-            EchoLoRALinearFunction.apply(*apply_arguments(x, weight, p, dropout))
-            for p, weight in zip(projections, weights, strict=True)
-        )
+        return tuple(apply(x, weight, p, dropout) for p, weight in zip(projections, weights, strict=True))
     fixed = [("output" if p.echo is None else p.echo.site, float(p.scaling)) for p in projections]
     tensors = [t for p, weight in zip(projections, weights, strict=True) for t in (weight, *_flatten(p)[1:])]
     return EchoLoRALinearGroupFunction.apply(x, dropout, fixed, *tensors)
