@@ -38,7 +38,7 @@ def echo_lora_linear(
 
     Without dropout the DoRA line is ``g (W0 x + s B A x) + bias``; with it, it is what PEFT computes, at the price of a
     second base product. ``dora_dropout="fast"`` keeps one: ``g (W0 x + s B A x~) + bias``.
-    Source: METHOD.md "LoRA, ON" (R) and "DoRA, ON" (O).
+    Source: docs/method.md "LoRA, site ..." (R) and "DoRA" (O).
 
     Args:
         x: [..., d_in], dtype of weight (any floating dtype under autocast); [N, T, d_in] when echo is given.
@@ -118,7 +118,7 @@ def echo_network(
 ) -> torch.Tensor:
     """The echo vectors of one module.
 
-    ``Delta = lambda * sigmoid(U2 tanh(U1 u) + c) * (W2 tanh(W1 u))``; METHOD.md "projection", "gate", "echo" (R).
+    ``Delta = lambda * sigmoid(U2 tanh(U1 u) + c) * (W2 tanh(W1 u))``; docs/method.md "projection", "gate", "echo" (R).
 
     Args:
         u: [N, d], normalised boundary states, floating.
@@ -132,7 +132,8 @@ def echo_network(
         Delta, [N, width].
 
     Raises:
-        ValueError: a shape does not fit; the message names the argument.
+        TypeError, ValueError: a dtype or a shape does not fit; the message names the argument.
+        BackendUnavailable: `backend` names one that cannot run here.
     """
     implementation = backends.choose("echo_network", backend, u.device)
     return implementation(u, proj_down, proj_up, gate_down, gate_up, gate_bias, scale)

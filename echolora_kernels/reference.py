@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from . import functional
 from .ops.dora_norm.reference import dora_norm
 from .ops.echo_distillation.reference import echo_distillation
 from .ops.echo_lora_linear import Echo
+from .ops.echo_lora_linear.reference import echo_lora_linear as _echo_lora_linear
+from .ops.echo_lora_linear.reference import echo_lora_linear_group
 from .ops.echo_network.reference import echo_network
 
-__all__ = ["dora_norm", "echo_distillation", "echo_lora_linear", "echo_network"]
+__all__ = ["dora_norm", "echo_distillation", "echo_lora_linear", "echo_lora_linear_group", "echo_network"]
 
 
 def echo_lora_linear(
@@ -34,7 +35,7 @@ def echo_lora_linear(
     """
     if backend not in (None, "reference"):
         raise ValueError(f"backend: got {backend!r}, wants 'reference' or None here")
-    return functional.echo_lora_linear(
+    return _echo_lora_linear(
         x,
         weight,
         bias,
@@ -45,5 +46,4 @@ def echo_lora_linear(
         magnitude=magnitude,
         echo=echo,
         dora_dropout=dora_dropout,
-        backend="reference",
     )

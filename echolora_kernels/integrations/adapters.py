@@ -68,15 +68,21 @@ class NativeAdapter(AdaptedLinear):
         return self.module.gain()
 
     def install(self, read: ReadEcho) -> Any:
-        def pass_echo(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            echo = read()
-            if echo is None:
-                return None
-            x = args[0] if args else kwargs["x"]
-            check_positions(self.name, x, echo)
-            return args, {**kwargs, "echo": echo}
+        return self.module.register_forward_pre_hook(_PassEcho(self.name, read), with_kwargs=True)
 
-        return self.module.register_forward_pre_hook(pass_echo, with_kwargs=True)
+
+class _PassEcho:
+    """The hook of a `NativeAdapter`; an object, so that a deep copy of the model has its own."""
+
+    def __init__(self, name: str, read: ReadEcho) -> None:
+        self._name, self._read = name, read
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        echo = self._read()
+        if echo is None:
+            return None
+        check_positions(self._name, args[0] if args else kwargs["x"], echo)
+        return args, {**kwargs, "echo": echo}
 
 
 def adapted_linears(model: nn.Module) -> list[AdaptedLinear]:

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import EchoLoRAError
-
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder blocks of `model`.
@@ -39,7 +37,7 @@ def hidden_width(model: nn.Module) -> int:
         return width
     embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
     if embedding is None:
-        raise EchoLoRAError("model: the width of its blocks is unknown; give it a `config` with `hidden_size`")
+        raise ValueError("model: the width of its blocks is unknown; give it a `config` with `hidden_size`")
     return embedding.embedding_dim
 
 

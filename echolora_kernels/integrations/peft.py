@@ -81,15 +81,13 @@ class PeftAdapter(AdaptedLinear):
         )
 
     def install(self, read: ReadEcho) -> Any:
-        def add_echo(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-            echo = read()
-            if echo is None:
-                return None
-            check_positions(self.name, output, echo)
-            behind = Echo(self._behind(echo), echo.mask)
-            return (output + behind.spread()).to(output.dtype)
+        return self.module.register_forward_hook(_AddEcho(self, read))
 
-        return self.module.register_forward_hook(add_echo)
+    def add_to(self, output: torch.Tensor, echo: Echo) -> torch.Tensor:
+        """The layer's output, [N, T, d_out], with the echo on top."""
+        check_positions(self.name, output, echo)
+        behind = Echo(self._behind(echo), echo.mask)
+        return (output + behind.spread()).to(output.dtype)
 
     def _behind(self, echo: Echo) -> torch.Tensor:
         """The echo vectors as they arrive at the output: [N, d_out]."""
@@ -117,6 +115,17 @@ class PeftAdapter(AdaptedLinear):
                 f"{self.name}: got the PEFT variant {type(variant).__name__}, wants plain LoRA or DoRA for {purpose!r}"
             )
         return active[0]
+
+
+class _AddEcho:
+    """The hook of a `PeftAdapter`; an object, so that a deep copy of the model has its own."""
+
+    def __init__(self, adapter: PeftAdapter, read: ReadEcho) -> None:
+        self._adapter, self._read = adapter, read
+
+    def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        echo = self._read()
+        return None if echo is None else self._adapter.add_to(output, echo)
 
 
 def load_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:

@@ -37,7 +37,7 @@ class EchoLoRALinear(nn.Module):
         scaling: s. merged: whether `weight` currently contains the adapter.
 
     Raises:
-        ValueError: r, lora_dropout or dora_dropout out of range.
+        ValueError: a size, r, lora_alpha, lora_dropout or dora_dropout out of range.
     """
 
     weight: torch.Tensor
@@ -105,6 +105,11 @@ class EchoLoRALinear(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
+        for name, size in (("in_features", base.in_features), ("out_features", base.out_features)):
+            if size < 1:
+                raise ValueError(f"{name}: got {size}, wants at least 1")
+        if not math.isfinite(lora_alpha):
+            raise ValueError(f"lora_alpha: got {lora_alpha}, wants a finite number")
         if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
             raise ValueError(f"r: got {r!r}, wants an integer of at least 1")
         if not 0.0 <= lora_dropout < 1.0:

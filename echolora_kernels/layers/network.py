@@ -13,7 +13,7 @@ from ..functional import echo_network
 class EchoNetwork(nn.Module):
     """Turns normalised boundary states into echo vectors.
 
-    ``Delta = lambda * sigmoid(U2 tanh(U1 u) + c) * (W2 tanh(W1 u))``; METHOD.md "projection", "gate", "echo" (R).
+    ``Delta = lambda * sigmoid(U2 tanh(U1 u) + c) * (W2 tanh(W1 u))``; docs/method.md "projection", "gate", "echo" (R).
 
     Initial values: W1, U1 kaiming-uniform (a = sqrt 5); W2 = U2 = 0, c = gate_bias, lambda = scale. The echo is then
     exactly zero and still learns: W2 has a gradient at once, the others once W2 has moved.

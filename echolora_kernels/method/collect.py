@@ -15,7 +15,7 @@ from ..ops.echo_distillation import IGNORE_INDEX
 def boundaries(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The last prompt position of each sample, and which samples have one.
 
-    ``a_n = first t with labels[n, t] != -100``; ``b_n = a_n - 1`` (METHOD.md "Notation"; boundary P, last token R).
+    ``a_n = first t with labels[n, t] != -100``; ``b_n = a_n - 1`` (docs/method.md "boundary"; boundary P, last token R).
 
     Args:
         labels: [N, T], int64.
@@ -79,7 +79,7 @@ class BoundaryStates:
         return record
 
     def pooled(self) -> torch.Tensor:
-        """z, [N, d], float32 or wider: the mean of the recorded states (METHOD.md "collect"; R)."""
+        """z, [N, d], float32 or wider: the mean of the recorded states (docs/method.md "collect"; R)."""
         missing = [index for index in range(len(self._blocks)) if index not in self._states]
         if missing:
             raise RuntimeError(f"the forward pass did not run source blocks {missing} of the recorded ones")
@@ -90,5 +90,5 @@ class BoundaryStates:
 
 
 def normalise(z: torch.Tensor, eps: float) -> torch.Tensor:
-    """u, [N, d]: LayerNorm of z without affine parameters (METHOD.md "normalise"; R)."""
+    """u, [N, d]: LayerNorm of z without affine parameters (docs/method.md "normalise"; R)."""
     return F.layer_norm(z, z.shape[-1:], eps=eps)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,15 +78,18 @@ class EchoConfig:
         _want_choice("dora_echo", self.dora_echo, DORA_ECHOES)
         _want_choice("kd_detach", self.kd_detach, KD_DETACH)
         _want_choice("step_mode", self.step_mode, STEP_MODES)
-        for name in ("echo_start_probability", "echo_end_probability"):
-            _want(name, getattr(self, name), 0.0 <= getattr(self, name) <= 1.0, "0 <= value <= 1")
+        for name in ("detach_source", "answer_mask"):
+            _want(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
         for name in ("bottleneck", "total_steps"):
-            value = getattr(self, name)
-            _want(name, value, isinstance(value, int) and value >= 1, "an integer of at least 1")
-        _want("norm_eps", self.norm_eps, self.norm_eps > 0, "more than 0")
-        _want("kd_weight", self.kd_weight, self.kd_weight >= 0, "0 or more")
-        _want("kd_temperature", self.kd_temperature, self.kd_temperature > 0, "more than 0")
-        _want("seed", self.seed, isinstance(self.seed, int) and self.seed >= 0, "an integer of at least 0")
+            _want_number(name, getattr(self, name), "an integer of at least 1", lambda value: value >= 1, int)
+        _want_number("seed", self.seed, "an integer of at least 0", lambda value: value >= 0, int)
+        for name in ("echo_start_probability", "echo_end_probability"):
+            _want_number(name, getattr(self, name), "0 <= value <= 1", lambda value: 0 <= value <= 1)
+        for name in ("norm_eps", "kd_temperature"):
+            _want_number(name, getattr(self, name), "a finite number above 0", lambda value: value > 0)
+        _want_number("kd_weight", self.kd_weight, "a finite number of at least 0", lambda value: value >= 0)
+        for name in ("gate_bias", "scale"):
+            _want_number(name, getattr(self, name), "a finite number", lambda value: True)
         if self.dora_echo == "inside" and self.site != "output":
             raise ValueError(f"dora_echo: got 'inside' with site {self.site!r}, wants site 'output'")
 
@@ -141,6 +146,13 @@ def _freeze_sequence(config: EchoConfig, name: str, kind: type) -> None:
 
 def _want_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     _want(name, value, value in choices, f"one of {', '.join(map(repr, choices))}")
+
+
+def _want_number(
+    name: str, value: Any, wants: str, holds: Callable[[Any], bool], kind: type | tuple[type, ...] = (int, float)
+) -> None:
+    number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    _want(name, value, number and holds(value), wants)
 
 
 def _want(name: str, value: object, holds: bool, wants: str) -> None:

@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..integrations.adapters import AdaptedLinear
 from ..ops.echo_lora_linear import Echo
 
 EchoPass = dict[str, Echo]
+
+_OUTSIDE: Any = "outside"  # no pass is running; an OFF pass is None
 
 
 class Injector:
@@ -24,11 +27,24 @@ class Injector:
 
     def __init__(self, targets: dict[str, AdaptedLinear], blocks: Iterable[nn.Module]) -> None:
         self._blocks: list[Any] = list(blocks)  # with transformers' checkpointing attributes
-        self._current: EchoPass | None = None
-        self._handles = [target.install(self._reader(key)) for key, target in targets.items()]
+        self._current: EchoPass | None = _OUTSIDE
+        self._unfinished = False  # an ON pass has run whose backward pass may still come
+        self._handles = [target.install(EchoReader(self, key)) for key, target in targets.items()]
 
-    def _reader(self, key: str) -> Callable[[], Echo | None]:
-        return lambda: None if self._current is None else self._current[key]
+    def read(self, key: str) -> Echo | None:
+        """The echo of one module now."""
+        if self._current is not _OUTSIDE:
+            return None if self._current is None else self._current[key]
+        if self._unfinished and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "a block is recomputed in the backward pass by a kind of checkpointing that cannot carry the echo; "
+                "use the model's own gradient_checkpointing_enable()"
+            )
+        return None
+
+    def begin(self) -> None:
+        """A forward pass of any kind begins: backward passes from here on are not those of earlier ON passes."""
+        self._unfinished = False
 
     def remove(self) -> None:
         """Take the hooks out of the model again."""
@@ -36,13 +52,23 @@ class Injector:
             handle.remove()
 
     @contextmanager
-    def injecting(self, echoes: EchoPass) -> Iterator[None]:
-        """A forward pass run inside receives `echoes`; so does every later recomputation of that pass."""
+    def injecting(self, echoes: EchoPass | None) -> Iterator[None]:
+        """A forward pass run inside receives `echoes`, or none; so does every later recomputation of that pass."""
+        self._unfinished = self._unfinished or echoes is not None
         with self._scope(echoes), self._recomputation_sees(echoes):
             yield
 
+    def reentrant(self) -> bool:
+        """Whether blocks are checkpointed in the reentrant way."""
+        functions = [
+            getattr(block, "_gradient_checkpointing_func", None)
+            for block in self._blocks
+            if getattr(block, "gradient_checkpointing", False)
+        ]
+        return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
+
     @contextmanager
-    def _scope(self, echoes: EchoPass) -> Iterator[None]:
+    def _scope(self, echoes: EchoPass | None) -> Iterator[None]:
         before, self._current = self._current, echoes
         try:
             yield
@@ -50,7 +76,7 @@ class Injector:
             self._current = before
 
     @contextmanager
-    def _recomputation_sees(self, echoes: EchoPass) -> Iterator[None]:
+    def _recomputation_sees(self, echoes: EchoPass | None) -> Iterator[None]:
         """A checkpointed block is recomputed in the backward pass, when this pass's echo would be gone: bind it."""
         bound: list[tuple[nn.Module, Any]] = []
         try:
@@ -70,7 +96,7 @@ class Injector:
             for block, checkpoint in bound:
                 block._gradient_checkpointing_func = checkpoint
 
-    def _with_echoes(self, checkpoint: Callable[..., Any], echoes: EchoPass) -> Callable[..., Any]:
+    def _with_echoes(self, checkpoint: Callable[..., Any], echoes: EchoPass | None) -> Callable[..., Any]:
         def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             def run(*inputs: Any, **named: Any) -> Any:
                 with self._scope(echoes):
@@ -79,3 +105,13 @@ class Injector:
             return checkpoint(run, *args, **kwargs)
 
         return checkpointed
+
+
+class EchoReader:
+    """Asks an injector for the echo of one module. An object, not a closure, so that deepcopy and pickle follow it."""
+
+    def __init__(self, injector: Injector, key: str) -> None:
+        self._injector, self._key = injector, key
+
+    def __call__(self) -> Echo | None:
+        return self._injector.read(self._key)

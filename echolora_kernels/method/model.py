@@ -23,7 +23,7 @@ from .two_pass import two_pass_step
 class EchoLoRA(nn.Module):
     """A causal language model that trains with the echo and is the plain model otherwise.
 
-    ``L = L_off + r_k (L_on + lambda_kd L_kd)``; METHOD.md "Forward" and "Loss".
+    ``L = L_off + r_k (L_on + lambda_kd L_kd)``; docs/method.md "Formulas".
 
     Args:
         model: a causal LM whose linears are PEFT LoRA/DoRA layers or `EchoLoRALinear`. Its forward takes input_ids
@@ -37,7 +37,7 @@ class EchoLoRA(nn.Module):
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: layers out of range or order; no adapter in the model, or none in the target layers.
+        ValueError: layers out of range or order; no adapter in the model, or none that trains in the target layers.
     """
 
     def __init__(self, model: nn.Module, config: EchoConfig) -> None:
@@ -93,6 +93,7 @@ class EchoLoRA(nn.Module):
         """
         if self._removed:
             raise RuntimeError("this EchoLoRA was removed; use the model that remove() returned")
+        self.injector.begin()
         if not self.training or self._echo_off:
             if labels is not None:
                 kwargs["labels"] = labels
@@ -172,13 +173,13 @@ class EchoLoRA(nn.Module):
     def _report_skipped(self, skipped: int, samples: int) -> None:
         if skipped == samples and not self._warned_unsupervised:
             self._warned_unsupervised = True
-            warnings.warn("labels: no supervised token in the whole batch; its loss is 0", stacklevel=3)
+            warnings.warn("labels: no supervised token in the whole batch; its loss is 0", stacklevel=5)
         elif 0 < skipped < samples and not self._warned_skipped:
             self._warned_skipped = True
             warnings.warn(
                 f"labels: {skipped} of {samples} samples have no supervised token and are skipped; "
                 "`skipped_samples` of every output counts them",
-                stacklevel=3,
+                stacklevel=5,
             )
 
 
@@ -206,6 +207,11 @@ def _find_targets(
         if unknown:
             raise ValueError(f"target_modules: got {unknown}, wants names among the adapted linears {sorted(names)}")
         chosen = [adapter for adapter in inside if adapter.name.rpartition(".")[2] in config.target_modules]
+    if not any(adapter.trainable().requires_grad for adapter in chosen):
+        raise ValueError(
+            "model: got adapters without a trainable parameter in the target layers, wants trainable ones "
+            "(for instance PeftModel.from_pretrained(..., is_trainable=True))"
+        )
     return {adapter.name.replace(".", "__"): adapter for adapter in chosen}
 
 
@@ -218,7 +224,7 @@ def _network_for(target: AdaptedLinear, config: EchoConfig, width: int) -> EchoN
         gate_bias=config.gate_bias,
         scale=config.scale,
         device=parameter.device,
-        dtype=parameter.dtype,
+        dtype=torch.promote_types(parameter.dtype, torch.float32),  # Adam's steps would vanish in a narrower one
     )
 
 

@@ -26,6 +26,9 @@ class EchoLoRAOutput(dict):
     logits: torch.Tensor
     skipped_samples: int
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]

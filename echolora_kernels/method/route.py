@@ -21,7 +21,7 @@ def routed(config: EchoConfig, step: int) -> bool:
 
 def _uniform(seed: int, step: int) -> float:
     """A number in [0, 1) that depends on (seed, step) alone: two rounds of the SplitMix64 finaliser."""
-    return _mix(_mix(seed & _MASK) + step) / 2**64
+    return (_mix(_mix(seed & _MASK) + step) >> 11) / 2**53
 
 
 def _mix(value: int) -> int:

@@ -42,7 +42,12 @@ def two_pass_step(
         recording = BoundaryStates(
             echo_lora.source_blocks, b, pooling=config.source_pooling, detach=config.detach_source
         )
-    with recording:
+        if not config.detach_source and echo_lora.injector.reentrant():
+            raise RuntimeError(
+                "detach_source: got False, wants True with reentrant gradient checkpointing, whose "
+                "backward pass would go through the boundary states twice"
+            )
+    with recording, echo_lora.injector.injecting(None):
         logits_off = run_model()
 
     logits_on = None
@@ -65,7 +70,7 @@ def two_pass_step(
 
 
 def _injected_positions(answer_mask: bool, labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """M, [N, T], bool: the answer (METHOD.md "answer mask"; name P, form R), or every real position."""
+    """M, [N, T], bool: the answer (docs/method.md "answer mask"; name P, form R), or every real position."""
     if answer_mask:
         return labels != IGNORE_INDEX
     return torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask != 0

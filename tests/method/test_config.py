@@ -46,7 +46,9 @@ def test_layers_that_cannot_be_are_refused(choices, depth, words):
     ("source_pooling", "max"), ("site", "input"), ("dora_echo", "both"), ("kd_detach", "yes"),
     ("step_mode", "two pass"), ("echo_start_probability", 1.1), ("echo_end_probability", -0.1),
     ("echo_end_probability", float("nan")), ("bottleneck", 0), ("bottleneck", 1.5), ("total_steps", 0),
-    ("norm_eps", 0.0), ("kd_weight", -1.0), ("kd_temperature", 0.0), ("seed", -1),
+    ("norm_eps", 0.0), ("norm_eps", float("inf")), ("kd_weight", -1.0), ("kd_weight", float("inf")),
+    ("kd_weight", "1"), ("kd_temperature", 0.0), ("kd_temperature", float("inf")), ("seed", -1), ("seed", 1.0),
+    ("scale", float("nan")), ("gate_bias", "x"), ("bottleneck", True), ("detach_source", "no"), ("answer_mask", 1),
 ])  # fmt: skip
 def test_every_field_is_validated(field, value):
     with pytest.raises(ValueError, match=field):

@@ -201,12 +201,6 @@ def test_a_failing_forward_leaves_no_echo_behind():
     assert torch.equal(off, wrapped.remove()(**inputs).logits)
 
 
-def test_without_the_answer_mask_every_real_position_gets_the_echo():
-    inputs = batch()
-    losses = [echo_model(config=always_on(answer_mask=flag))(**inputs) for flag in (True, False)]
-    assert losses[0].loss_on != losses[1].loss_on
-
-
 def test_an_echo_inside_the_magnitude_is_scaled_by_it():
     """With the gain taken out of the networks' last layer, inside becomes outside."""
     inputs, found = batch(), []

@@ -12,7 +12,7 @@ from torch.amp import is_autocast_available
 def dora_norm(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> torch.Tensor:
     """Row norms of the adapted weight, as a constant.
 
-    ``norm[i] = || W0[i] + s (B A)[i] ||_2``, no gradient (DoRA, section 4.3; METHOD.md "DoRA, ON").
+    ``norm[i] = || W0[i] + s (B A)[i] ||_2``, no gradient (DoRA, section 4.3; docs/method.md "DoRA").
 
     Args:
         weight: [d_out, d_in], floating.

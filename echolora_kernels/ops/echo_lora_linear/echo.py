@@ -18,7 +18,7 @@ class Echo:
     Args:
         delta: [n_samples, width], floating; width is d_out for site "output", d_in for "adapter_input", r for "rank".
         mask: [n_samples, T], bool or floating; 1 where the position belongs to the answer.
-        site: where the echo enters; METHOD.md, "Other sites for the echo" (R for "output", O for the others).
+        site: where the echo enters; docs/method.md "LoRA, site ..." (R for "output", O for the others).
 
     Raises:
         TypeError: an argument is not a tensor, or delta is not floating.

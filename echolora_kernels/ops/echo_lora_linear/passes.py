@@ -156,7 +156,7 @@ def backward_pass(
     return [dx, dweight, dbias, da, db, dmagnitude, ddelta]
 
 
-def inner_sums(ds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def inner_sums(ds: Maybe, mask: torch.Tensor) -> torch.Tensor:
     """Sums of dS over each sample's answer, [n, r]: the gradient of an echo in rank space."""
     return (mask.to(ds.dtype).unsqueeze(-1) * ds.view(*mask.shape, -1)).sum(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -31,7 +32,14 @@ def linear_product(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """F2 by any candidate; arguments and results as those of `triton_forward.linear`."""
     candidate = _candidate("forward", x, weight, lora_b.shape[1], gain, dropout)
-    rest = {"bias": bias, "gain": gain, "delta": delta, "mask": mask, "dropout": dropout, "shape": shape}
+    rest: dict[str, Any] = {
+        "bias": bias,
+        "gain": gain,
+        "delta": delta,
+        "mask": mask,
+        "dropout": dropout,
+        "shape": shape,
+    }
     if candidate == "fused":
         if _by_descriptors(x, weight, weight.shape[0], lora_b.shape[1]) and not (gain is not None and dropout.on_base):
             del rest["dropout"]
@@ -86,7 +94,7 @@ def group_input_product(
         dX, [n * T, K].
     """
     if dropout.on_base and any(gain is not None for gain in gains):  # each dropped part has products of its own
-        dx = None
+        dx: Any = None
         for dy, p, d, gain in zip(dys, projections, ds, gains, strict=True):
             dx = input_backward(dy, p.weight, d.to(dy.dtype), p.lora_a, dropout=dropout, gain=gain, base=dx)
         return dx

@@ -18,7 +18,7 @@ from .checks import check_group
 from .configs import MAX_RANK
 from .echo import Echo
 from .launch import Dropout, accumulator_dtype, as_rows
-from .passes import inner_sums
+from .passes import Maybe, inner_sums
 from .products import group_input_product, linear_product
 from .projection import Projection
 from .triton_backward_launch import adapter_backward, lora_a_backward
@@ -57,7 +57,7 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, dropout: Dropout, fixed: list[tuple[str, float]], *tensors: torch.Tensor | None
+        ctx: Any, x: torch.Tensor, dropout: Dropout, fixed: list[tuple[str, float]], *tensors: Maybe
     ) -> tuple[torch.Tensor, ...]:
         projections = _unflatten(fixed, tensors)
         rows = as_rows(x)
@@ -102,7 +102,9 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
         needs = [ctx.needs_input_grad[3 + i * _TENSORS :][:_TENSORS] for i in range(ctx.count)]
         dropout = Dropout(ctx.dropout[0], seed, ctx.dropout[1])
         need_x, need_a = ctx.needs_input_grad[0], any(need[2] for need in needs)
-        gradients, ds, start = [], [], 0
+        gradients: list[list[Maybe]] = []
+        ds: list[Maybe] = []
+        start = 0
         for p, need, dy, z, norm, gain in zip(
             projections, needs, dys, saved[0::3], saved[1::3], saved[2::3], strict=True
         ):
@@ -124,7 +126,7 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
             start += len(p.lora_a)
             ds.append(sums.ds)
             gradients.append(_own_gradients(p, need, sums, norm))
-        stacked_ds = torch.cat([d.to(x.dtype) for d in ds], 1) if need_x or need_a else None
+        stacked_ds: Maybe = torch.cat([d.to(x.dtype) for d in ds], 1) if need_x or need_a else None
         if need_a:
             da = lora_a_backward(as_rows(x), stacked_ds, dropout=dropout, dtype=accumulator_dtype(x.dtype))
             for p, need, d, own, part in zip(
@@ -140,7 +142,7 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
         return dx, None, None, *(gradient for own in gradients for gradient in own)
 
 
-def _unflatten(fixed: list[tuple[str, float]], tensors: Sequence[torch.Tensor | None]) -> list[Projection]:
+def _unflatten(fixed: list[tuple[str, float]], tensors: Sequence[Maybe]) -> list[Projection]:
     projections = []
     for index, (site, scaling) in enumerate(fixed):
         weight, bias, lora_a, lora_b, magnitude, delta, mask = tensors[index * _TENSORS :][:_TENSORS]
@@ -149,7 +151,7 @@ def _unflatten(fixed: list[tuple[str, float]], tensors: Sequence[torch.Tensor | 
     return projections
 
 
-def _own_gradients(p: Projection, need: Sequence[bool], sums: Any, norm: torch.Tensor | None) -> list:
+def _own_gradients(p: Any, need: Sequence[bool], sums: Any, norm: Maybe) -> list:
     """Gradients in the order of `_flatten`, all but A's."""
     own: list[torch.Tensor | None] = [None] * _TENSORS
     if sums.bias is not None:

@@ -17,7 +17,7 @@ def echo_network(
 ) -> torch.Tensor:
     """The echo vectors of one module.
 
-    ``Delta = lambda * sigmoid(U2 tanh(U1 u) + c) * (W2 tanh(W1 u))`` (METHOD.md "projection", "gate", "echo"; R)
+    ``Delta = lambda * sigmoid(U2 tanh(U1 u) + c) * (W2 tanh(W1 u))`` (docs/method.md "projection", "gate", "echo"; R)
 
     Args:
         u: [N, d], normalised boundary states.
@@ -57,5 +57,7 @@ def _check_shapes(
         "scale": (scale, ()),
     }
     for name, (tensor, shape) in wanted.items():
+        if tensor.dtype != proj_down.dtype and not torch.is_autocast_enabled(u.device.type):
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, wants {proj_down.dtype} as proj_down (or autocast)")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wants {shape}")
