@@ -1,8 +1,8 @@
 """Which implementation of an operator runs: probing, choosing, and saying why not.
 
 `functional` calls `choose(op, requested, device)`; a backend is an import per operator plus a probe. An explicit
-name insists (BackendUnavailable otherwise); None takes the environment variable ECHOLORA_BACKEND, else the first
-backend that is available, has the operator, and is meant for tensors on that device.
+name insists (BackendUnavailable otherwise). None takes the environment variable ECHOLORA_BACKEND for the operators
+that its backend has, else the first backend that is available, has the operator, and is meant for that device.
 """
 
 from __future__ import annotations
@@ -132,13 +132,15 @@ def choose(op: str, requested: str | None = None, device: torch.device | None = 
 
 
 def _chosen_name(op: str, requested: str | None, device: torch.device | None) -> str:
-    requested = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
-    if requested is not None:
-        backend = _by_name(requested)
-        reason = backend.why_unavailable() or _why_lacking(backend, op)
-        if reason:
-            raise BackendUnavailable(f"backend {requested!r} cannot run {op}: {reason}")
-        return requested
+    wanted = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if wanted is not None:
+        backend = _by_name(wanted)
+        reason = backend.why_unavailable()
+        if reason is None and op in backend.operators:
+            return wanted
+        if reason is not None or requested is not None:  # the variable speaks for the operators that its backend has
+            reason = reason or "it does not implement this operator"
+            raise BackendUnavailable(f"backend {wanted!r} cannot run {op}: {reason}")
     for backend in BACKENDS:
         if op in backend.operators and _preferred(backend, device) and backend.why_unavailable() is None:
             return backend.name
@@ -165,7 +167,3 @@ def _by_name(name: str) -> Backend:
 
 def _preferred(backend: Backend, device: torch.device | None) -> bool:
     return backend.preferred_on is None or (device is not None and device.type in backend.preferred_on)
-
-
-def _why_lacking(backend: Backend, op: str) -> str | None:
-    return None if op in backend.operators else "it does not implement this operator"

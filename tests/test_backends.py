@@ -83,6 +83,14 @@ def test_environment_is_honoured_and_an_argument_wins(monkeypatch, put_first):
     assert backends.choose("echo_lora_linear") is reference.dora_norm
 
 
+def test_the_environment_speaks_for_the_operators_its_backend_has(monkeypatch, put_first):
+    put_first(marked("fast"))
+    monkeypatch.setenv("ECHOLORA_BACKEND", "fast")
+    assert backends.choose("echo_network") is echo_network
+    with pytest.raises(BackendUnavailable, match="not implement"):
+        backends.choose("echo_network", "fast")
+
+
 def test_nothing_can_run(monkeypatch):
     monkeypatch.setattr(backends, "BACKENDS", (marked("fast", "there is no such device"),))
     with pytest.raises(BackendUnavailable, match=r"no backend can run echo_network.*there is no such device"):
