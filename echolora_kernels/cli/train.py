@@ -12,7 +12,8 @@ import typer
 from typer import Option
 
 from ..method.config import EchoConfig
-from ..training.settings import DEFAULT_TARGETS, TrainSettings
+from ..training.checkpoint import latest_checkpoint
+from ..training.settings import DEFAULT_TARGETS, TrainSettings, want_counts
 from .show import RunDisplay, print_summary, quiet_libraries
 
 _METHOD, _ADAPTER, _OPTIMISER, _DATA, _ECHO, _RUN = (
@@ -31,7 +32,7 @@ def train(
     alpha: Annotated[int, Option(help="Scaling is alpha / r.", rich_help_panel=_ADAPTER)] = _DEFAULT["alpha"],
     dropout: Annotated[float, Option(help="Dropout before A.", rich_help_panel=_ADAPTER)] = _DEFAULT["dropout"],
     rslora: Annotated[bool, Option("--rslora", help="Scaling alpha / sqrt(r).", rich_help_panel=_ADAPTER)] = False,
-    target_modules: Annotated[str, Option(help="Comma-separated linears that get an adapter.", rich_help_panel=_ADAPTER)] = ",".join(DEFAULT_TARGETS),
+    target_modules: Annotated[str, Option(help="Comma-separated linears that get an adapter, or all-linear: all but the output head.", rich_help_panel=_ADAPTER)] = ",".join(DEFAULT_TARGETS),
     steps: Annotated[int, Option(help="Optimizer steps.", rich_help_panel=_OPTIMISER)] = _DEFAULT["steps"],
     batch_size: Annotated[int, Option(help="Samples a micro-batch.", rich_help_panel=_OPTIMISER)] = _DEFAULT["batch_size"],
     accumulate: Annotated[int, Option(help="Micro-batches a step.", rich_help_panel=_OPTIMISER)] = _DEFAULT["accumulate"],
@@ -47,23 +48,31 @@ def train(
     max_length: Annotated[int, Option(help="Tokens; longer samples are left out and counted.", rich_help_panel=_DATA)] = _DEFAULT["max_length"],
     source_layers: Annotated[str | None, Option(help="Comma-separated blocks the echo is read from; by default by depth.", rich_help_panel=_ECHO)] = None,
     target_layers: Annotated[str | None, Option(help="Comma-separated blocks the echo goes into; by default by depth.", rich_help_panel=_ECHO)] = None,
+    echo_target_modules: Annotated[str | None, Option(help="Comma-separated linears the echo goes into; by default all with an adapter.", rich_help_panel=_ECHO)] = None,
+    source_pooling: Annotated[str, Option(help="mean of the source blocks, or last.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["source_pooling"],
+    no_detach_source: Annotated[bool, Option("--no-detach-source", help="Let gradient flow into the source states.", rich_help_panel=_ECHO)] = False,
+    norm_eps: Annotated[float, Option(help="Of the norm on the source state.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["norm_eps"],
     echo_site: Annotated[str, Option(help="output, adapter_input or rank.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["site"],
     bottleneck: Annotated[int, Option(help="Inner width of the echo networks.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["bottleneck"],
+    gate_bias: Annotated[float, Option(help="Initial bias of the gates.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["gate_bias"],
+    echo_scale: Annotated[float, Option(help="Initial scale of the echo.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["scale"],
+    dora_echo: Annotated[str, Option(help="outside or inside the DoRA magnitude.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["dora_echo"],
+    no_answer_mask: Annotated[bool, Option("--no-answer-mask", help="Inject at every position, not only the answer's.", rich_help_panel=_ECHO)] = False,
     echo_start_probability: Annotated[float, Option(help="Of routing, at the first step.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["echo_start_probability"],
-    echo_end_probability: Annotated[float, Option(help="Of routing, at the last step.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["echo_end_probability"],
+    echo_end_probability: Annotated[float, Option(help="Of routing, reached after the last step.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["echo_end_probability"],
     kd_weight: Annotated[float, Option(help="Weight of the distillation.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["kd_weight"],
     kd_temperature: Annotated[float, Option(help="Temperature of the distillation.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["kd_temperature"],
     kd_detach: Annotated[str, Option(help="on, none or off: the side of the KL without gradient.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["kd_detach"],
     step_mode: Annotated[str, Option(help="auto or two-pass.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["step_mode"],
     seed: Annotated[int, Option(help="Of data, initial values, dropout and routing.", rich_help_panel=_RUN)] = _DEFAULT["seed"],
     dtype: Annotated[str, Option(help="float32 or bfloat16.", rich_help_panel=_RUN)] = _DEFAULT["dtype"],
-    device: Annotated[str, Option(help="cpu, cuda or auto.", rich_help_panel=_RUN)] = _DEFAULT["device"],
+    device: Annotated[str, Option(help="cpu, cuda, cuda:N or auto.", rich_help_panel=_RUN)] = _DEFAULT["device"],
     threads: Annotated[int | None, Option(help="CPU threads; by default torch's choice.", rich_help_panel=_RUN)] = None,
     save_every: Annotated[int, Option(help="Steps between checkpoints.", rich_help_panel=_RUN)] = 25,
     keep: Annotated[int, Option(help="Checkpoints that stay.", rich_help_panel=_RUN)] = 2,
     resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint in --output.", rich_help_panel=_RUN)] = False,
-    overwrite: Annotated[bool, Option("--overwrite", help="Discard an earlier run in --output.", rich_help_panel=_RUN)] = False,
-    json_output: Annotated[bool, Option("--json", help="Print metrics.json at the end instead of a table.", rich_help_panel=_RUN)] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Discard an earlier run in --output once the new one is ready to train.", rich_help_panel=_RUN)] = False,
+    json_output: Annotated[bool, Option("--json", help="Print metrics.json without the history instead of a table.", rich_help_panel=_RUN)] = False,
 ) -> None:  # fmt: skip
     """Fine-tune a causal language model and write an ordinary PEFT adapter.
 
@@ -95,8 +104,18 @@ def train(
         echo=EchoConfig(
             source_layers=_numbers("source_layers", source_layers),
             target_layers=_numbers("target_layers", target_layers),
-            site=echo_site,
+            target_modules=None
+            if echo_target_modules is None
+            else tuple(_names("echo_target_modules", echo_target_modules)),
+            source_pooling=source_pooling,
+            detach_source=not no_detach_source,
+            norm_eps=norm_eps,
             bottleneck=bottleneck,
+            gate_bias=gate_bias,
+            scale=echo_scale,
+            site=echo_site,
+            dora_echo=dora_echo,
+            answer_mask=not no_answer_mask,
             echo_start_probability=echo_start_probability,
             echo_end_probability=echo_end_probability,
             kd_weight=kd_weight,
@@ -105,12 +124,11 @@ def train(
             step_mode=step_mode,
         ),
     )
-    for name, value in (("save_every", save_every), ("keep", keep), ("eval_batch_size", eval_batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, wants at least 1")
+    want_counts(threads=threads)
     if threads is not None:
         torch.set_num_threads(threads)
     quiet_libraries()
+    from ..training.run import CHECKPOINTS
     from ..training.run import train as run  # loads transformers: not for --help
 
     try:
@@ -126,14 +144,19 @@ def train(
             max_new_tokens=max_new_tokens,
         )
     except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted; the same command with --resume goes on from the last checkpoint in {output}", err=True
-        )
+        typer.echo(f"interrupted; {_way_on(output / CHECKPOINTS, overwrite)}", err=True)
         raise typer.Exit(130) from None
     if json_output:
         typer.echo(json.dumps({key: value for key, value in metrics.items() if key != "history"}, indent=2))
     else:
         print_summary(metrics, output)
+
+
+def _way_on(checkpoints: Path, overwrite: bool) -> str:
+    checkpoint = latest_checkpoint(checkpoints)
+    if checkpoint is None:
+        return "there is no checkpoint yet, so the same command starts over"
+    return f"the same command with --resume{' instead of --overwrite' if overwrite else ''} goes on from {checkpoint}"
 
 
 def _names(name: str, text: str) -> list[str]:

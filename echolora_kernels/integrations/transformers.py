@@ -23,7 +23,7 @@ def load_model(
     """Model and tokenizer.
 
     Args:
-        spec: a local folder, a .gguf file, "package:NAME" for the one GGUF file inside an installed Python package,
+        spec: a local folder with safetensors weights, a .gguf file, "package:NAME" for the one GGUF file inside an installed Python package,
             or a hub name.
         dtype: of the weights. device: where they go.
 
@@ -33,14 +33,17 @@ def load_model(
     """
     source = resolve_model(spec)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)  # no pickles
         tokenizer = AutoTokenizer.from_pretrained(source)
     except OSError as error:
         if Path(source).is_dir():
-            raise OSError(f"model: got folder {source}, from which no causal LM could be loaded: {error}") from error
+            raise OSError(
+                f"model: got folder {source}, from which no causal LM could be loaded "
+                f"(weights are read from safetensors alone): {error}"
+            ) from error
         raise OSError(
-            f"model: got {spec!r}, which is no local folder or .gguf file, and the hub has no answer; "
-            "check the name and the network, or give a local folder"
+            f"model: got {spec!r}, which is no local folder or .gguf file, and the hub has no safetensors "
+            "weights of that name or no answer; check the name and the network, or give a local folder"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

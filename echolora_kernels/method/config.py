@@ -149,10 +149,10 @@ def _want_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _want_number(
-    name: str, value: Any, wants: str, holds: Callable[[Any], bool], kind: type | tuple[type, ...] = (int, float)
+    name: str, value: Any, wants: str, holds: Callable[[Any], bool], kind: Any = (int, float)
 ) -> None:
-    number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-    _want(name, value, number and holds(value), wants)
+    number = isinstance(value, kind) and not isinstance(value, bool)
+    _want(name, value, number and math.isfinite(float(value)) and holds(value), wants)
 
 
 def _want(name: str, value: object, holds: bool, wants: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,12 +17,23 @@ from torch import nn
 from ..errors import CheckpointError
 
 _PREFIX, _UNFINISHED = "step-", ".unfinished"
+_ADVICE = "remove it to fall back on the one before"
+_NAME = re.compile(rf"{_PREFIX}\d+")
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step below `folder`, or None."""
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and not path.name.endswith(_UNFINISHED)]
-    return max(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), default=None)
+    return max(_complete(folder), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def _complete(folder: Path) -> list[Path]:
+    # anything else, such as a folder somebody named step-best, is not ours to read or remove
+    return [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and _NAME.fullmatch(path.name)]
 
 
 def save_checkpoint(
@@ -29,6 +41,7 @@ def save_checkpoint(
     step: int,
     parameters: Iterable[tuple[str, nn.Parameter]],
     optimizer: torch.optim.Optimizer,
+    generators: dict[str, torch.Tensor],
     state: dict[str, Any],
     keep: int,
 ) -> Path:
@@ -36,6 +49,7 @@ def save_checkpoint(
 
     Args:
         parameters: names and trainable parameters; the optimizer's state is stored under the same names.
+        generators: states of the random generators at the end of `step`.
         state: JSON values that belong to it.
     """
     parameters = list(parameters)
@@ -52,11 +66,11 @@ def save_checkpoint(
         for key, value in optimizer.state.get(parameter, {}).items()
     }
     save_file(moments, unfinished / "optimizer.safetensors")
-    save_file(_generators(), unfinished / "generators.safetensors")
+    save_file(generators, unfinished / "generators.safetensors")
     (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)
-    for old in sorted(path for path in folder.glob(f"{_PREFIX}*") if not path.name.endswith(_UNFINISHED))[:-keep]:
+    for old in sorted(_complete(folder), key=step_of)[:-keep]:
         shutil.rmtree(old)
     return target
 
@@ -74,9 +88,9 @@ def load_checkpoint(
         weights = load_file(path / "weights.safetensors")
         moments = load_file(path / "optimizer.safetensors")
         generators = load_file(path / "generators.safetensors")
-        state = json.loads((path / "state.json").read_text())
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); remove it to fall back on the one before") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); {_ADVICE}") from error
+    state = read_state(path)
     differing = sorted(
         name
         for name in weights.keys() | named.keys()
@@ -84,6 +98,8 @@ def load_checkpoint(
     )
     if differing:
         raise CheckpointError(f"{path}: belongs to another model; parameters that differ: {', '.join(differing)}")
+    if "cpu" not in generators or not {key.rpartition("/")[0] for key in moments} <= named.keys():
+        raise CheckpointError(f"{path}: does not hold what a checkpoint holds; {_ADVICE}")
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(weights[name])
@@ -101,13 +117,33 @@ def load_checkpoint(
 
 def read_state(path: Path) -> dict[str, Any]:
     """The JSON state of a checkpoint, without touching anything."""
+    return read_json(
+        path / "state.json",
+        ("settings", "accuracy_before", "history"),
+        f"remove {path.name} to fall back on the one before",
+    )
+
+
+def read_json(path: Path, names: Iterable[str], advice: str) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        CheckpointError: it cannot be read, is no object, or lacks one of `names`; the message ends with `advice`.
+    """
     try:
-        return json.loads((path / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); remove it to fall back on the one before") from error
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
+        raise CheckpointError(f"{path}: cannot be read ({error}); {advice}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("settings", {}), dict):
+        raise CheckpointError(f"{path}: wants an object with the settings of a run; {advice}")
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise CheckpointError(f"{path}: lacks {', '.join(missing)}; {advice}")
+    return state
 
 
-def _generators() -> dict[str, torch.Tensor]:
+def generator_states() -> dict[str, torch.Tensor]:
+    """Of the random generators, as they are now."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Iterator
@@ -51,6 +52,8 @@ def load_questions(
         held_out = _load(eval_data, eval_size, seed + _HELD_OUT)
     elif _is_path(data):
         everything = read_llm_adapters(data)
+        if eval_size >= len(everything):
+            raise DataError(f"eval_size: got {eval_size}, wants less than the {len(everything)} entries of {data}")
         random.Random(seed).shuffle(everything)
         held_out, train = everything[:eval_size], everything[eval_size:]
     else:
@@ -95,7 +98,7 @@ def read_llm_adapters(path: str | Path) -> list[Question]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # keeps \r, which read_text would turn into a new line
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     entries = _json_lines(path, text) if path.suffix == ".jsonl" else _json_array(path, text)
@@ -106,7 +109,8 @@ def read_llm_adapters(path: str | Path) -> list[Question]:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    # splitlines() would also split at U+2028 and its like, which JSON allows inside a string
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 yield number, json.loads(line)
@@ -116,40 +120,60 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 def _json_array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """Entries with the line each begins on, which json.loads would not tell."""
-    decoder, position, line = json.JSONDecoder(), _skip(text, 0, ""), 1
+    decoder, position = json.JSONDecoder(), _skip(text, 0)
     if text[position : position + 1] != "[":
-        raise DataError(f"{path}, line 1: wants a JSON array of entries (or give the file the ending .jsonl)")
-    start = 0
-    position = _skip(text, position + 1, "")
-    while text[position : position + 1] != "]":
+        raise _wanted(path, text, position, "a JSON array of entries (or give the file the ending .jsonl)")
+    line, start = 1, 0
+    position = _skip(text, position + 1)
+    more = text[position : position + 1] != "]"
+    while more:
         line, start = line + text.count("\n", start, position), position
         try:
             entry, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
+        except json.JSONDecodeError as error:  # a second comma or a bracket after one ends here too
             raise DataError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
         yield line, entry
-        position = _skip(text, position, "")
-        if text[position : position + 1] not in {",", "]"}:
-            line += text.count("\n", start, position)
-            raise DataError(f"{path}, line {line}: wants ',' or ']' after an entry")
-        position = _skip(text, position, ",")
+        position = _skip(text, position)
+        more = text[position : position + 1] == ","
+        if more:
+            position = _skip(text, position + 1)
+    if text[position : position + 1] != "]":
+        raise _wanted(path, text, position, "',' or ']' after an entry")
+    position = _skip(text, position + 1)
+    if position < len(text):
+        raise _wanted(path, text, position, "nothing after the array")
 
 
-def _skip(text: str, position: int, also: str) -> int:
-    while position < len(text) and (text[position].isspace() or text[position] in also):
+def _skip(text: str, position: int) -> int:
+    """The next position that holds no JSON white space."""
+    while text[position : position + 1] in {" ", "\t", "\r", "\n"}:
         position += 1
     return position
+
+
+def _wanted(path: Path, text: str, position: int, wants: str) -> DataError:
+    line = text.count("\n", 0, position) + 1
+    return DataError(f"{path}, line {line}: got {text[position : position + 20]!r}, wants {wants}")
 
 
 def _question(path: Path, line: int, entry: Any) -> Question:
     if not isinstance(entry, dict):
         raise DataError(f"{path}, line {line}: got {type(entry).__name__}, wants an object")
-    for name, required in (("instruction", True), ("output", True), ("input", False), ("answer", False)):
-        value = entry.get(name, None if required else "")
-        if not isinstance(value, str) or (required and not value.strip()):
-            raise DataError(f"{path}, line {line}: field {name!r} is {value!r}, wants text")
-    prompt = "\n\n".join(part for part in (entry["instruction"], entry.get("input", "")) if part.strip())
-    return Question(prompt, entry["output"].strip(), entry.get("answer", "").strip() or entry["output"].strip())
+    instruction, output = (_field(path, line, entry, name, required=True) for name in ("instruction", "output"))
+    extra, answer = (_field(path, line, entry, name, required=False) for name in ("input", "answer"))
+    prompt = "\n\n".join(part for part in (instruction, extra) if part.strip())
+    return Question(prompt, output.strip(), answer.strip() or output.strip())
+
+
+def _field(path: Path, line: int, entry: dict[str, Any], name: str, *, required: bool) -> str:
+    value = entry.get(name)
+    if value is None and not required:
+        return ""
+    if name in {"output", "answer"} and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or (required and not value.strip()):
+        raise DataError(f"{path}, line {line}: field {name!r} is {value!r}, wants text")
+    return value
 
 
 def prompt_text(tokenizer: Any, question: Question) -> str:
@@ -157,22 +181,29 @@ def prompt_text(tokenizer: Any, question: Question) -> str:
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": question.prompt}]
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return f"{tokenizer.bos_token or ''}Question: {question.prompt}\n\nAnswer: "
+    return f"{tokenizer.bos_token or ''}Question: {question.prompt}\n\nAnswer:"
+
+
+def sample_of(tokenizer: Any, question: Question) -> Sample:
+    """The question tokenised as one text, for a tokenizer may put a space of its own before a target alone."""
+    prompt = prompt_text(tokenizer, question)
+    space = "" if tokenizer.chat_template else " "
+    prompt_ids, whole = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + space + question.target)
+    )
+    if whole[: len(prompt_ids)] != prompt_ids:  # the end of the prompt has merged with the target
+        whole = prompt_ids + tokenizer(question.target, add_special_tokens=False)["input_ids"]
+    return Sample([*whole, tokenizer.eos_token_id], len(prompt_ids))
 
 
 def encode(tokenizer: Any, questions: list[Question], max_length: int) -> tuple[list[Sample], int]:
     """Samples, and how many questions were left out because they are longer than `max_length` tokens."""
-    samples, too_long = [], 0
-    for question in questions:
-        prompt = tokenizer(prompt_text(tokenizer, question), add_special_tokens=False)["input_ids"]
-        target = tokenizer(question.target, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        if len(prompt) + len(target) > max_length:
-            too_long += 1
-        else:
-            samples.append(Sample(prompt + target, len(prompt)))
-    if not samples:
+    samples = [sample_of(tokenizer, question) for question in questions]
+    fitting = [sample for sample in samples if len(sample.input_ids) <= max_length]
+    too_long = len(samples) - len(fitting)
+    if not fitting:
         raise DataError(f"data: all {too_long} questions are longer than max_length {max_length} tokens")
-    return samples, too_long
+    return fitting, too_long
 
 
 def collate(samples: list[Sample], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -198,7 +229,8 @@ def step_samples(samples: list[Sample], step: int, per_step: int, seed: int) -> 
     return chosen
 
 
-def _order(count: int, seed: int, epoch: int) -> list[int]:
+@functools.lru_cache(maxsize=2)  # one step asks for it once a sample, and crosses at most into the next epoch
+def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     order = list(range(count))
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
+    return tuple(order)

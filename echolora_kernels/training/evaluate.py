@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .data import Question, prompt_text
+from .data import Question, sample_of
 
 _ANSWER_IS = re.compile(r".*\banswer is:?\s+", re.DOTALL | re.IGNORECASE)
 
@@ -39,12 +39,12 @@ def exact_match(
     Returns:
         accuracy in [0, 1], and one text per question.
     """
+    samples = [sample_of(tokenizer, question) for question in questions]
     if max_new_tokens is None:
-        lengths = [len(tokenizer(question.target, add_special_tokens=False)["input_ids"]) for question in questions]
-        max_new_tokens = max(lengths) + 2
+        max_new_tokens = max(len(sample.input_ids) - sample.prompt_length for sample in samples) + 1
     was_training, texts = model.training, [""] * len(questions)
     model.eval()
-    prompts = [tokenizer(prompt_text(tokenizer, q), add_special_tokens=False)["input_ids"] for q in questions]
+    prompts = [sample.input_ids[: sample.prompt_length] for sample in samples]
     by_length = sorted(range(len(questions)), key=lambda index: len(prompts[index]))  # wastes little padding
     for start in range(0, len(questions), batch_size):
         chosen = by_length[start : start + batch_size]

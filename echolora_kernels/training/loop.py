@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import NonFiniteLoss
+from ..errors import CheckpointError, NonFiniteLoss
 from ..losses import echo_distillation
 from ..method.model import EchoLoRA
 from ..ops.echo_distillation import IGNORE_INDEX
-from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import generator_states, latest_checkpoint, load_checkpoint, save_checkpoint
 from .data import Sample, collate, step_samples
 from .settings import TrainSettings
 
@@ -81,9 +81,12 @@ class Trainer:
         checkpoint = latest_checkpoint(folder)
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.parameters, self.optimizer)
-            self.history = [StepRecord(**record) for record in state["history"]]
+            self.history = _history(checkpoint, state["history"])
             if isinstance(model, EchoLoRA):
                 model.step = self.step
+        self._saved = self.step
+        self._consistent = True  # parameters, optimizer and history are those of the last complete step
+        self._generators = generator_states()
 
     @property
     def step(self) -> int:
@@ -94,16 +97,23 @@ class Trainer:
         """Take the remaining steps one by one.
 
         Raises:
-            NonFiniteLoss: the loss or the gradient is NaN or infinite; the parameters were not updated with it, and
-                the last checkpoint stays.
+            NonFiniteLoss: the loss or the gradient is NaN or infinite, and the parameters were not updated with it;
+                or a parameter to be saved is. The last checkpoint stays.
         """
         self.model.train()
         while self.step < self.settings.steps:
             record = self._take_step(self.step)
             self.history.append(record)
+            self._generators = generator_states()
+            self._consistent = True
             if self.step % self.save_every == 0 or self.step == self.settings.steps:
                 self._save()
             yield record
+
+    def save_interrupted(self) -> None:
+        """After an interrupt: a checkpoint of the last complete step, unless it has one or the next is half done."""
+        if self._consistent and self.step > self._saved:
+            self._save()
 
     def _take_step(self, step: int) -> StepRecord:
         settings, started = self.settings, time.perf_counter()
@@ -133,6 +143,7 @@ class Trainer:
         grad_norm = float(nn.utils.clip_grad_norm_([p for _, p in self.parameters], settings.max_grad_norm))
         self._check_finite(step, "gradient norm", grad_norm)
         routing = (self.model.routed, self.model.echo_probability) if isinstance(self.model, EchoLoRA) else (False, 0.0)
+        self._consistent = False  # until the record of this step is in the history
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if isinstance(self.model, EchoLoRA):
@@ -165,14 +176,28 @@ class Trainer:
 
     def _check_finite(self, step: int, what: str, value: float) -> None:
         if value - value != 0.0:  # NaN and infinity alone
-            checkpoint = latest_checkpoint(self.folder)
-            kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-            raise NonFiniteLoss(f"the {what} became {value} at step {step + 1}; {kept}")
+            raise self._not_finite(step + 1, what, value)
+
+    def _not_finite(self, step: int, what: str, value: object) -> NonFiniteLoss:
+        checkpoint = latest_checkpoint(self.folder)
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        return NonFiniteLoss(f"the {what} became {value} at step {step}; {kept}")
 
     def _save(self) -> None:
+        for name, parameter in self.parameters:  # an update with finite gradients can still overflow
+            if not parameter.isfinite().all():
+                raise self._not_finite(self.step, f"parameter {name}", "not finite")
         state = {
             "settings": self.settings.to_dict(),
             "history": [dataclasses.asdict(record) for record in self.history],
             **self.extra_state,
         }
-        save_checkpoint(self.folder, self.step, self.parameters, self.optimizer, state, self.keep)
+        save_checkpoint(self.folder, self.step, self.parameters, self.optimizer, self._generators, state, self.keep)
+        self._saved = self.step
+
+
+def _history(checkpoint: Path, records: Any) -> list[StepRecord]:
+    try:
+        return [StepRecord(**record) for record in records]
+    except TypeError as error:
+        raise CheckpointError(f"{checkpoint / 'state.json'}: damaged history ({error})") from error

@@ -40,6 +40,9 @@ def plot_losses(history: list[StepRecord], title: str, path: Path) -> None:
         marks = distillation.get_xaxis_transform()
         distillation.vlines(routed, 0, 0.07, transform=marks, color="#495057", linewidth=0.8, label="routed step")
     for panel in panels[:, 0]:
+        low, high = panel.dataLim.intervaly
+        if high < 1.0001 * low:  # values that are all alike give no axis, and matplotlib warns
+            panel.set_ylim(low / 2, high * 2)
         panel.set_yscale("log")
         panel.yaxis.set_minor_formatter(NullFormatter())
         panel.spines[["top", "right"]].set_visible(False)

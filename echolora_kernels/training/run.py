@@ -18,14 +18,19 @@ from .. import __version__
 from ..errors import CheckpointError
 from ..integrations.transformers import load_model
 from ..method.model import EchoLoRA
-from .checkpoint import latest_checkpoint, read_state
-from .data import Question, collate, encode, load_questions
+from .checkpoint import latest_checkpoint, read_json, read_state
+from .data import Sample, collate, encode, load_questions
 from .evaluate import exact_match
 from .loop import StepRecord, Trainer
 from .plot import plot_losses
-from .settings import TrainSettings
+from .settings import ALL_LINEAR, TrainSettings, want, want_counts
 
 ADAPTER, CHECKPOINTS, METRICS, PLOT = "adapter", "checkpoints", "metrics.json", "loss.png"
+# without these a finished run cannot be reported again
+_REPORTED = (
+    "settings", "accuracy_before", "accuracy_after", "held_out_questions", "reload_max_abs_logit_difference",
+    "seconds_per_routed_step", "seconds_per_plain_step", "tokens_per_second", "routed_steps", "final_loss_off",
+)  # fmt: skip
 
 
 class Observer(Protocol):
@@ -59,7 +64,7 @@ def train(
         settings: what to compute.
         output: a folder. observer: told about the progress.
         resume: go on from the last checkpoint in `output`, if there is one; a finished run is only reported again.
-        overwrite: remove an earlier run in `output`.
+        overwrite: remove an earlier run in `output`, once the new one is ready to train.
         save_every, keep: of the checkpoints. eval_batch_size, max_new_tokens: of the evaluation.
 
     Returns:
@@ -67,17 +72,17 @@ def train(
 
     Raises:
         FileExistsError: `output` holds a run, and neither resume nor overwrite is set.
-        CheckpointError: resuming with other settings; the message lists what differs.
+        CheckpointError: resuming with other settings, or what is to be resumed is damaged; the message lists what.
         NonFiniteLoss, DataError, OSError: as the parts say.
+        KeyboardInterrupt: passed on, after a checkpoint of the last complete step where that is possible.
     """
     output = Path(output)
-    before = _prepare(output, settings, resume, overwrite)
-    if resume and (output / METRICS).is_file():
-        return json.loads((output / METRICS).read_text())
+    want_counts(save_every=save_every, keep=keep, eval_batch_size=eval_batch_size, max_new_tokens=max_new_tokens)
+    device = _device(settings.device)
+    earlier = _earlier_run(output, settings, resume, overwrite)
+    if earlier is not None and (output / METRICS).is_file():
+        return earlier
     torch.manual_seed(settings.seed)
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, settings.dtype)
 
     observer.stage(f"reading {settings.data}")
@@ -105,11 +110,13 @@ def train(
                 on_batch=on_batch,
             )[0]
 
-    if before is None:
-        before = accuracy(base, "accuracy before")
+    before = earlier["accuracy_before"] if earlier else accuracy(base, "accuracy before")
     torch.manual_seed(settings.seed)  # whatever came before, the adapter starts from the same values
     model = with_adapter(base, settings)
     wrapped: nn.Module = EchoLoRA(model, settings.echo) if settings.uses_echo else model
+    if overwrite:  # not before everything that can be refused has been accepted
+        _discard(output)
+    output.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(
         wrapped,
         samples,
@@ -120,15 +127,19 @@ def train(
         keep=keep,
         extra_state={"accuracy_before": before},
     )
-    for _ in observer.training(trainer.steps(), settings.steps, trainer.step):
-        pass
+    try:
+        for _ in observer.training(trainer.steps(), settings.steps, trainer.step):
+            pass
+    except KeyboardInterrupt:
+        trainer.save_interrupted()
+        raise
 
     if isinstance(wrapped, EchoLoRA):
         wrapped.remove()
     after = accuracy(model, "accuracy after")
     observer.stage("writing the adapter and loading it back with PEFT")
     save_adapter(model, output / ADAPTER)
-    difference = reload_difference(model, settings, output / ADAPTER, held_out, tokenizer, dtype, device)
+    difference = reload_difference(model, settings, output / ADAPTER, samples[:4], tokenizer, dtype, device)
     plot_losses(trainer.history, f"{settings.method} on {Path(settings.data).stem}", output / PLOT)
     metrics = _metrics(settings, trainer, before, after, difference, len(held_out), too_long)
     write_json(output / METRICS, metrics)
@@ -138,8 +149,9 @@ def train(
 def with_adapter(base: nn.Module, settings: TrainSettings) -> PeftModel:
     """`base` with a fresh PEFT adapter on every target module."""
     names = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    everywhere = settings.target_modules == (ALL_LINEAR,)
     unknown = [name for name in settings.target_modules if name not in names]
-    if unknown:
+    if unknown and not everywhere:
         raise ValueError(f"target_modules: got {unknown}, wants names among the model's linears {sorted(names)}")
     config = LoraConfig(
         r=settings.rank,
@@ -147,7 +159,7 @@ def with_adapter(base: nn.Module, settings: TrainSettings) -> PeftModel:
         lora_dropout=settings.dropout,
         use_dora=settings.uses_dora,
         use_rslora=settings.rslora,
-        target_modules=list(settings.target_modules),
+        target_modules=ALL_LINEAR if everywhere else list(settings.target_modules),
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
@@ -170,13 +182,12 @@ def reload_difference(
     trained: nn.Module,
     settings: TrainSettings,
     adapter: Path,
-    questions: list[Question],
+    samples: list[Sample],
     tokenizer: Any,
     dtype: torch.dtype,
     device: str,
 ) -> float:
     """Largest logit difference between the trained model and a fresh one with the saved adapter, by PEFT alone."""
-    samples, _ = encode(tokenizer, questions[:4], settings.max_length)
     batch = {key: value.to(device) for key, value in collate(samples, tokenizer.pad_token_id).items()}
     fresh = PeftModel.from_pretrained(load_model(settings.model, dtype=dtype, device=device)[0], str(adapter)).eval()
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -190,33 +201,46 @@ def write_json(path: Path, value: Any) -> None:
     unfinished.replace(path)
 
 
-def _prepare(output: Path, settings: TrainSettings, resume: bool, overwrite: bool) -> float | None:
-    """Look at an earlier run in `output`; returns its accuracy before training if that can be carried on."""
-    checkpoint = latest_checkpoint(output / CHECKPOINTS)
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu":
+        number = int(name.partition(":")[2] or 0)
+        here = torch.cuda.device_count()
+        want(lambda _: number < here, f"cpu, or one of the {here} CUDA devices here", device=name)
+    return name
+
+
+def _earlier_run(output: Path, settings: TrainSettings, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """What `output` holds and is to be carried on: a finished run's metrics, or the last checkpoint's state."""
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"output: got {output}, but {nearest} is a file; wants a folder")
     occupied = [name for name in (METRICS, ADAPTER, CHECKPOINTS) if (output / name).exists()]
-    if overwrite:
-        for name in (ADAPTER, CHECKPOINTS):
-            shutil.rmtree(output / name, ignore_errors=True)
-        for name in (METRICS, PLOT):
-            (output / name).unlink(missing_ok=True)
-    elif occupied and not resume:
+    if overwrite or not occupied:
+        return None
+    if not resume:
         raise FileExistsError(
             f"output: {output} already holds a run; give --resume to go on or --overwrite to discard it"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    if overwrite or not occupied:
-        return None
-    metrics = output / METRICS
-    if metrics.is_file():
-        earlier, state = metrics, json.loads(metrics.read_text())
+    checkpoint = latest_checkpoint(output / CHECKPOINTS)
+    if (output / METRICS).is_file():
+        where, state = output / METRICS, read_json(output / METRICS, _REPORTED, "remove it to go on without it")
     elif checkpoint is not None:
-        earlier, state = checkpoint, read_state(checkpoint)
+        where, state = checkpoint, read_state(checkpoint)
     else:
         return None
     differing = _differences(state["settings"], settings.to_dict())
     if differing:
-        raise CheckpointError(f"{earlier}: belongs to a run with other settings: " + "; ".join(differing))
-    return state["accuracy_before"]
+        raise CheckpointError(f"{where}: belongs to a run with other settings: " + "; ".join(differing))
+    return state
+
+
+def _discard(output: Path) -> None:
+    for name in (ADAPTER, CHECKPOINTS):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in (METRICS, PLOT):
+        (output / name).unlink(missing_ok=True)
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:

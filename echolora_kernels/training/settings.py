@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +13,20 @@ from ..method.config import EchoConfig
 
 METHODS = ("lora", "dora", "echo-lora", "echo-dora")
 DTYPES = ("float32", "bfloat16")
+ALL_LINEAR = "all-linear"
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+
+def want(holds: Callable[[Any], object], wants: str, **values: Any) -> None:
+    """Refuse, by its name, the first of `values` for which `holds` is false."""
+    for name, value in values.items():
+        if not holds(value):
+            raise ValueError(f"{name}: got {value!r}, wants {wants}")
+
+
+def want_counts(**values: int | None) -> None:
+    """Refuse what is less than 1; None stands for a default."""
+    want(lambda value: value is None or value >= 1, "at least 1", **values)
 
 
 @dataclass(frozen=True)
@@ -23,7 +39,8 @@ class TrainSettings:
         eval_data: the same, for held-out questions; None holds some of `data` out.
         method: "lora", "dora", "echo-lora" or "echo-dora".
         rank, alpha, dropout, rslora: of the adapter.
-        target_modules: last name parts of the linears that get an adapter (default: those of LLM-Adapters).
+        target_modules: last name parts of the linears that get an adapter (default: those of LLM-Adapters);
+            ("all-linear",) takes every linear but the output head.
         steps: optimizer steps. batch_size: samples a micro-batch. accumulate: micro-batches a step.
         lr: peak learning rate; it rises over `warmup` of the steps and falls linearly to 0.
         weight_decay, max_grad_norm: of AdamW and of the clipping.
@@ -31,7 +48,7 @@ class TrainSettings:
         train_size: questions to draw from a reasoning-gym task. eval_size: held-out questions.
         seed: of data, initial values, dropout and routing.
         dtype: "float32", or "bfloat16" for the frozen weights and autocast (adapters stay float32).
-        device: "cpu", "cuda" or "auto".
+        device: "cpu", "cuda", "cuda:N" or "auto".
         echo: choices of the method; `total_steps` and `seed` are taken from this run.
     """
 
@@ -60,18 +77,28 @@ class TrainSettings:
     echo: EchoConfig = field(default_factory=EchoConfig)
 
     def __post_init__(self) -> None:
-        for name, choices in (("method", METHODS), ("dtype", DTYPES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, wants one of {', '.join(choices)}")
-        for name in ("rank", "steps", "batch_size", "accumulate", "max_length", "train_size", "eval_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wants at least 1")
-        for name in ("lr", "alpha", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wants more than 0")
-        for name in ("dropout", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wants 0 <= {name} < 1")
+        want(lambda value: value in METHODS, f"one of {', '.join(METHODS)}", method=self.method)
+        want(lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}", dtype=self.dtype)
+        want(re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch, "cpu, cuda, cuda:N or auto", device=self.device)
+        want_counts(
+            rank=self.rank,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            accumulate=self.accumulate,
+            max_length=self.max_length,
+            train_size=self.train_size,
+            eval_size=self.eval_size,
+        )
+        want(
+            lambda value: 0 < value < math.inf,
+            "a finite number above 0",
+            lr=self.lr,
+            alpha=self.alpha,
+            max_grad_norm=self.max_grad_norm,
+        )
+        want(lambda value: 0 <= value < math.inf, "a finite number of at least 0", weight_decay=self.weight_decay)
+        want(lambda value: 0 <= value < 1, "at least 0 and less than 1", dropout=self.dropout, warmup=self.warmup)
+        want(lambda value: value >= 0, "at least 0", seed=self.seed)
         echo = dataclasses.replace(self.echo, total_steps=self.steps, seed=self.seed)
         object.__setattr__(self, "echo", echo)
 

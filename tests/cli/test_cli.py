@@ -1,12 +1,16 @@
 """The command line: help, results, and errors in one line."""
 
 import json
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny import base_model
 
 from echolora_kernels import __version__
 from echolora_kernels.cli import main as cli
+from echolora_kernels.integrations.transformers import load_model
 from echolora_kernels.training import loop
 
 
@@ -41,6 +45,27 @@ def test_version_and_help(monkeypatch, capsys):
     assert run(monkeypatch, "train", "--help") == 0
     help = capsys.readouterr().out
     assert all(flag in help for flag in ("--model", "--kd-temperature", "--resume")) and "Example:" in help
+    assert run(monkeypatch, "--help") == 0
+    assert "--debug" in capsys.readouterr().out
+
+
+def test_every_choice_of_the_method_has_a_flag(train, tmp_path):
+    flags = {
+        "echo-target-modules": "q_proj,v_proj", "source-pooling": "last", "no-detach-source": True, "norm-eps": "1e-4",
+        "gate-bias": "-1", "echo-scale": "0.3", "dora-echo": "inside", "no-answer-mask": True,
+        "source-layers": "4,5", "target-layers": "1", "echo-site": "output", "bottleneck": "8",
+        "echo-start-probability": "0.9", "echo-end-probability": "0.1", "kd-weight": "0.5", "kd-temperature": "1.5",
+        "kd-detach": "none", "step-mode": "two-pass", "seed": "3",
+    }  # fmt: skip
+    assert train(**flags, method="echo-dora") == 0
+    chosen = json.loads((tmp_path / "run" / "metrics.json").read_text())["settings"]["echo"]
+    assert chosen == {
+        "target_modules": ["q_proj", "v_proj"], "source_pooling": "last", "detach_source": False, "norm_eps": 1e-4,
+        "gate_bias": -1.0, "scale": 0.3, "dora_echo": "inside", "answer_mask": False,
+        "source_layers": [4, 5], "target_layers": [1], "site": "output", "bottleneck": 8,
+        "echo_start_probability": 0.9, "echo_end_probability": 0.1, "kd_weight": 0.5, "kd_temperature": 1.5,
+        "kd_detach": "none", "step_mode": "two-pass", "seed": 3, "total_steps": 3,
+    }  # fmt: skip
 
 
 def test_a_run_prints_a_table_and_progress(train, capsys):
@@ -74,6 +99,13 @@ def test_json_output_is_json(train, capsys, tmp_path):
     ({"step-mode": "shared"}, ["step_mode", "shared"]),
     ({"target-modules": "query"}, ["target_modules", "query"]),
     ({"target-modules": ","}, ["target_modules", "names"]),
+    ({"threads": 0}, ["threads", "0", "at least 1"]),
+    ({"device": "gpu"}, ["device", "gpu", "cuda:N"]),
+    ({"max-new-tokens": 0}, ["max_new_tokens", "0"]),
+    ({"weight-decay": -1}, ["weight_decay", "-1"]),
+    ({"seed": -1}, ["seed", "-1"]),
+    ({"lr": "inf"}, ["lr", "inf", "finite"]),
+    ({"eval-size": 60}, ["eval_size", "60"]),
 ])  # fmt: skip
 def test_errors_are_one_line_and_name_the_argument(train, changes, words, tmp_path):
     code = train(**changes)
@@ -89,17 +121,30 @@ def test_debug_shows_the_traceback(monkeypatch):
         cli.main()
 
 
-def test_an_interrupted_run_says_how_to_go_on(train, monkeypatch, capsys):
+@pytest.mark.parametrize(("last", "flag", "words"), [
+    (0, "json", "no checkpoint yet, so the same command starts over"),
+    (2, "json", "with --resume goes on from"),
+    (2, "overwrite", "with --resume instead of --overwrite goes on from"),
+])  # fmt: skip
+def test_an_interrupted_run_says_how_to_go_on(train, monkeypatch, capsys, last, flag, words):
     take = loop.Trainer._take_step
 
     def interrupted(self, step):
-        if step == 2:
+        if step == last:
             raise KeyboardInterrupt
         return take(self, step)
 
     monkeypatch.setattr(loop.Trainer, "_take_step", interrupted)
-    assert train() == 130
-    assert "--resume" in capsys.readouterr().err
+    assert train(**{"save-every": 9, flag: True}) == 130
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_pickled_weights_are_not_read(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"pickled.*safetensors alone"):
+        load_model(str(folder))
 
 
 def test_an_unknown_hub_name_says_what_to_do(train, monkeypatch):

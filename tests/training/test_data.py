@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from echolora_kernels import DataError
 from echolora_kernels.training import data
-from echolora_kernels.training.evaluate import normalise_answer
+from echolora_kernels.training.evaluate import exact_match, normalise_answer
 
 ENTRY = {"instruction": "What?", "input": "", "output": "the correct answer is answer2", "answer": "answer2"}
 
@@ -28,6 +29,19 @@ def test_both_file_forms_read_the_same(tmp_path, name):
     ]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_what_other_writers_make_is_read(tmp_path, name):
+    """A byte order mark, \\r\\n, line separators inside strings, numbers, and null for what is absent."""
+    first = {"instruction": "a\u2028b\x85c", "input": None, "output": 4.5, "answer": None}
+    second = {"instruction": "d", "output": "it is 4", "answer": 4}
+    first, second = (json.dumps(entry, ensure_ascii=False) for entry in (first, second))
+    text = f"{first}\r\n{second}\r\n" if name.endswith("l") else f"\r\n[\r\n{first} ,\r\n{second}\r\n]\r\n"
+    (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+    assert data.read_llm_adapters(tmp_path / name) == [
+        data.Question("a\u2028b\x85c", "4.5", "4.5"), data.Question("d", "it is 4", "4"),
+    ]  # fmt: skip
+
+
 BROKEN = '[\n {"instruction": "a", "output": "b"},\n {"instruction": "a" "output": "b"}\n]'
 
 
@@ -41,8 +55,14 @@ BROKEN = '[\n {"instruction": "a", "output": "b"},\n {"instruction": "a" "output
     ("a.json", '[\n {"instruction": "a", "output": "b"}', ["line 2", "','"]),
     ("a.json", '[\n\n {"instruction": "a"}]', ["line 3", "'output'", "None"]),
     ("a.json", '[{"instruction": "a", "output": "b"},\n\n {"instruction": "", "output": "b"}]', ["line 3", "'instruction'"]),
-    ("a.json", '[{"instruction": "a", "output": 3}]', ["line 1", "'output'", "3"]),
-    ("a.json", '[{"instruction": "a", "output": "b", "input": null}]', ["'input'", "None"]),
+    ("a.json", '[{"instruction": 3, "output": "b"}]', ["line 1", "'instruction'", "3"]),
+    ("a.json", '[{"instruction": "a", "output": true}]', ["line 1", "'output'", "True"]),
+    ("a.json", '[{"instruction": "a", "output": null}]', ["'output'", "None"]),
+    ("a.json", '\n\n{"instruction": "a", "output": "b"}', ["line 3", "array"]),
+    ("a.json", '[{"instruction": "a", "output": "b"},\n]', ["line 2", "not JSON"]),
+    ("a.json", '[{"instruction": "a", "output": "b"},\n,{"instruction": "a", "output": "b"}]', ["line 2", "not JSON"]),
+    ("a.json", '[,{"instruction": "a", "output": "b"}]', ["line 1", "not JSON"]),
+    ("a.json", '[{"instruction": "a", "output": "b"}]\n\n[1]', ["line 3", "nothing after"]),
     ("a.json", '["a"]', ["line 1", "str", "object"]),
     ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction"}', ["line 2", "not JSON"]),
     ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{"output": "b"}', ["line 3", "'instruction'"]),
@@ -81,8 +101,10 @@ def test_a_file_is_split_without_overlap(data_file, tmp_path):
     assert len(train) == 50 and len(held_out) == 10
     assert not {q.prompt for q in train} & {q.prompt for q in held_out}
     one = write(tmp_path / "one.json", json.dumps([ENTRY]))
+    with pytest.raises(DataError, match=r"^eval_size: got 1, wants less than the 1 entries"):
+        data.load_questions(str(one), None, train_size=1, eval_size=1, seed=0)
     with pytest.raises(DataError, match="0 training"):
-        data.load_questions(str(one), None, train_size=1, eval_size=10, seed=0)
+        data.load_questions(str(one), str(one), train_size=1, eval_size=1, seed=0)
 
 
 def test_only_the_target_is_supervised(model_folder, data_file):
@@ -107,6 +129,57 @@ def test_a_chat_template_is_used_where_there_is_one(model_folder, data_file):
     )
     question = data.read_llm_adapters(data_file)[0]
     assert data.prompt_text(tokenizer, question) == f"<s>{question.prompt} Answer:"
+
+
+def metaspace_tokenizer():
+    """Like SentencePiece: every text gets a space in front, and a space begins a word."""
+    words = ["<unk>", "</s>", "▁Question:", "▁What", "▁?", "\n\nAnswer:", "▁red", "▁"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    split = pre_tokenizers.Split("\n\nAnswer:", "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.Metaspace(prepend_scheme="first")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["words", "metaspace"])
+def test_prompt_and_target_are_tokenised_as_one_text(model_folder, kind):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder) if kind == "words" else metaspace_tokenizer()
+    question = data.Question("What ?", "red", "red")
+    prompt = data.prompt_text(tokenizer, question)
+    assert prompt.endswith("\n\nAnswer:")
+    sample = data.sample_of(tokenizer, question)
+    whole = tokenizer(f"{prompt} red", add_special_tokens=False)["input_ids"]
+    assert sample.input_ids == [*whole, tokenizer.eos_token_id]
+    assert len(sample.input_ids) - sample.prompt_length == 2  # one word, end of text
+    assert sample.input_ids[: sample.prompt_length] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+def test_a_prompt_that_merges_with_the_target_keeps_its_tokens(model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %} thi"
+    sample = data.sample_of(tokenizer, data.Question("What", "ng red", "red"))
+    words = ["What", "<unk>", "<unk>", "red", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(sample.input_ids) == words and sample.prompt_length == 2
+
+
+def test_evaluation_asks_with_the_prompt_that_was_trained(model_folder, monkeypatch):
+    model, asked = AutoModelForCausalLM.from_pretrained(model_folder), []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: asked.append(inputs) or generate(**inputs))
+    tokenizer, question = AutoTokenizer.from_pretrained(model_folder), data.Question("What ?", "red blue", "red blue")
+    exact_match(model, tokenizer, [question])
+    sample = data.sample_of(tokenizer, question)
+    assert asked[0]["input_ids"].tolist() == [sample.input_ids[: sample.prompt_length]]
+    assert asked[0]["max_new_tokens"] == 4
+
+
+def test_the_order_is_made_once_an_epoch(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        data.random, "Random", lambda seed, random=data.random.Random: made.append(seed) or random(seed)
+    )
+    for step in range(4):
+        data.step_samples([data.Sample([n], 1) for n in range(7)], step, 3, seed=12345)
+    assert made == ["12345/0", "12345/1"]
 
 
 def test_long_questions_are_counted_and_all_too_long_is_refused(model_folder, data_file):

@@ -2,15 +2,14 @@
 
 import dataclasses
 import json
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 import pytest
 import torch
+from folders import Silent
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -20,35 +19,6 @@ from echolora_kernels.training import loop
 from echolora_kernels.training.checkpoint import latest_checkpoint
 from echolora_kernels.training.run import train
 from echolora_kernels.training.settings import METHODS, TrainSettings
-
-
-class Silent:
-    """An observer that can interrupt a run after some steps."""
-
-    def __init__(self, stop_after=None):
-        self.stages, self.stop_after = [], stop_after
-
-    def stage(self, text):
-        self.stages.append(text)
-
-    @contextmanager
-    def batches(self, text, total):
-        self.stages.append(text)
-        yield lambda done: None
-
-    def training(self, records, total, done):
-        for record in records:
-            yield record
-            if record.step == self.stop_after:
-                raise KeyboardInterrupt
-
-
-@pytest.fixture
-def settings(model_folder, data_file):
-    return TrainSettings(
-        model=str(model_folder), data=str(data_file), steps=12, batch_size=3, accumulate=2, lr=5e-3, rank=4,
-        dropout=0.1, eval_size=10, device="cpu", echo=EchoConfig(bottleneck=8, scale=1.0, gate_bias=0.0),
-    )  # fmt: skip
 
 
 def weights(output):
@@ -88,7 +58,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, settings, method):
     expected = train(settings, unbroken, Silent(), save_every=5)
     with pytest.raises(KeyboardInterrupt):
         train(settings, broken, Silent(stop_after=7), save_every=5)
-    assert latest_checkpoint(broken / "checkpoints").name == "step-000005"
+    assert latest_checkpoint(broken / "checkpoints").name == "step-000007"
     torch.manual_seed(99)  # another process would start from another state
     observer = Silent()
     resumed = train(settings, broken, observer, save_every=5, resume=True)
@@ -172,24 +142,6 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path, settings, monkeypatch
         train(settings, tmp_path, Silent())
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "json", "other"])
-def test_a_damaged_checkpoint_is_refused(tmp_path, settings, damage):
-    settings = dataclasses.replace(settings, method="lora")
-    with pytest.raises(KeyboardInterrupt):
-        train(settings, tmp_path, Silent(stop_after=4), save_every=3)
-    folder = latest_checkpoint(tmp_path / "checkpoints")
-    if damage == "truncate":
-        (folder / "weights.safetensors").write_bytes(b"1234")
-    elif damage == "remove":
-        (folder / "optimizer.safetensors").unlink()
-    elif damage == "json":
-        (folder / "state.json").write_text("{")
-    else:
-        shutil.copy(folder / "generators.safetensors", folder / "weights.safetensors")
-    with pytest.raises(CheckpointError, match="step-000003"):
-        train(settings, tmp_path, Silent(), resume=True)
-
-
 def test_accumulated_micro_batches_are_one_batch(tmp_path, settings):
     """Answers of one, two and three tokens would weigh differently if each micro-batch were averaged alone."""
     lines = [{"instruction": f"What is {n} ?", "output": " ".join(["red"] * (n % 3 + 1))} for n in range(40)]
@@ -204,25 +156,46 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path, settings):
         assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("change", "word"), [
-    ({"method": "full"}, "method"), ({"dtype": "float16"}, "dtype"), ({"rank": 0}, "rank"), ({"steps": 0}, "steps"),
-    ({"lr": 0.0}, "lr"), ({"dropout": 1.0}, "dropout"), ({"warmup": -0.1}, "warmup"), ({"batch_size": 0}, "batch_size"),
-])  # fmt: skip
-def test_settings_are_validated(settings, change, word):
-    with pytest.raises(ValueError, match=word):
-        dataclasses.replace(settings, **change)
-
-
-def test_unknown_target_modules_are_refused(tmp_path, settings):
-    with pytest.raises(ValueError, match=r"target_modules.*query.*q_proj"):
-        train(dataclasses.replace(settings, target_modules=("query",)), tmp_path, Silent())
-
-
 def test_the_learning_rate_warms_up_and_falls():
     settings = TrainSettings(model="m", data="d", steps=100, lr=1.0, warmup=0.1)
     rates = [settings.learning_rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(1 / 90) and all(rate > 0 for rate in rates)
+
+
+def test_settings_reach_optimizer_clipping_and_adapter(tmp_path, settings, monkeypatch):
+    clip, norms, groups = torch.nn.utils.clip_grad_norm_, [], []
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: norms.append(norm) or clip(parameters, norm)
+    )
+    update = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: groups.append(dict(self.param_groups[0])) or update(self)
+    )
+    settings = dataclasses.replace(settings, weight_decay=0.25, max_grad_norm=0.5, rslora=True, steps=5)
+    train(settings, tmp_path, Silent())
+    assert norms == [0.5] * 5 and {group["weight_decay"] for group in groups} == {0.25}
+    assert [group["lr"] for group in groups] == [settings.learning_rate(step) for step in range(5)]
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["use_rslora"] is True
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("method", ["lora", "echo-lora"])
+def test_one_step_is_a_run(tmp_path, settings, method):
+    train(dataclasses.replace(settings, steps=1, method=method), tmp_path, Silent())
+
+
+def test_held_out_questions_may_be_longer_than_the_training_samples(tmp_path, settings):
+    long = [{"instruction": "What is " + "the " * 40 + "thing ?", "output": "red"}] * 4
+    (tmp_path / "long.json").write_text(json.dumps(long))
+    changes = {"eval_data": str(tmp_path / "long.json"), "max_length": 40, "steps": 2}
+    assert train(dataclasses.replace(settings, **changes), tmp_path / "run", Silent())["accuracy_after"] >= 0
+
+
+def test_all_linear_is_every_linear_but_the_output_head(tmp_path, settings):
+    train(dataclasses.replace(settings, target_modules=("all-linear",), steps=2), tmp_path, Silent())
+    linears = {key.partition(".lora")[0].rpartition(".")[2] for key in weights(tmp_path)}
+    assert linears == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
 def test_bfloat16_runs(tmp_path, settings):
