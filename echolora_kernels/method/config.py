@@ -148,9 +148,7 @@ def _want_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     _want(name, value, value in choices, f"one of {', '.join(map(repr, choices))}")
 
 
-def _want_number(
-    name: str, value: Any, wants: str, holds: Callable[[Any], bool], kind: Any = (int, float)
-) -> None:
+def _want_number(name: str, value: Any, wants: str, holds: Callable[[Any], bool], kind: Any = (int, float)) -> None:
     number = isinstance(value, kind) and not isinstance(value, bool)
     _want(name, value, number and math.isfinite(float(value)) and holds(value), wants)
 
