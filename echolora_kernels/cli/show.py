@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -56,12 +54,7 @@ class RunDisplay:
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' bars and notices from breaking the display; our own warnings stay.
-
-    Call it before they are imported: tqdm reads its variable only then.
-    """
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    """Keep other libraries' bars and notices from breaking the display; our own warnings stay."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
