@@ -87,6 +87,19 @@ def run(kernel: Any, grid: Sequence[int], device: torch.device, tile: Tile, **ar
         kernel[tuple(grid)](**arguments, **options)
 
 
+def echo_arguments(delta: torch.Tensor | None, mask: torch.Tensor | None) -> dict[str, Any]:
+    """Delta [n, width] and its mask [n, T] as the kernels take them; strides of 0 where there is no echo."""
+    stride_delta, stride_mask = ((0, 0) if tensor is None else tensor.stride() for tensor in (delta, mask))
+    return {
+        "delta": delta,
+        "mask": mask,
+        "stride_delta_n": stride_delta[0],
+        "stride_delta_d": stride_delta[1],
+        "stride_mask_n": stride_mask[0],
+        "stride_mask_t": stride_mask[1],
+    }
+
+
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """The dtype that kernels accumulate in."""
     return tl.float64 if dtype == torch.float64 else tl.float32

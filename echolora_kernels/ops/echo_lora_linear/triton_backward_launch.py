@@ -14,6 +14,7 @@ from .launch import (
     accumulator,
     accumulator_dtype,
     device_of,
+    echo_arguments,
     input_precision,
     one_sample,
     reduce_partials,
@@ -181,8 +182,6 @@ def lora_a_backward(
     per_split = configs.per_split(rows.total, tile.inner, splits)
     splits = max(1, -(-rows.total // per_split))
     da = x.new_empty((splits, rank, width), dtype=accumulator_dtype(x.dtype))
-    delta_strides = (0, 0) if delta is None else delta.stride()
-    mask_strides = (0, 0) if mask is None else mask.stride()
     run(
         lora_a_bwd_kernel,
         (col_tiles, splits),
@@ -190,8 +189,7 @@ def lora_a_backward(
         tile,
         x=x,
         ds=ds,
-        delta=delta,
-        mask=mask,
+        **echo_arguments(delta, mask),
         seed=dropout.seed,
         da=da,
         M=rows.total,
@@ -202,10 +200,6 @@ def lora_a_backward(
         stride_x_n=x.stride(0),
         stride_x_t=x.stride(1),
         stride_x_k=x.stride(2),
-        stride_delta_n=delta_strides[0],
-        stride_delta_d=delta_strides[1],
-        stride_mask_n=mask_strides[0],
-        stride_mask_t=mask_strides[1],
         **dropout.constants(),
         HAS_DELTA=delta is not None,
         BLOCK_M=tile.inner,

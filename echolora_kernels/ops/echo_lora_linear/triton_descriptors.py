@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .configs import Tile
-from .launch import Dropout, Rows, accumulator, device_of, input_precision, one_sample, run
+from .launch import Dropout, Rows, accumulator, device_of, echo_arguments, input_precision, one_sample, run
 from .triton_blocks import add_low_rank, add_outside_gain, keep_mask, swizzled_tile
 
 
@@ -173,8 +173,6 @@ def linear_by_descriptors(
     z = x.new_empty((rows.total, d_out)) if store_z else None
     programs = min(device.processors, -(-rows.total // tile.rows) * -(-d_out // tile.cols))
     block_r = configs.rank_step(rank)
-    delta_strides = (0, 0) if delta is None else delta.stride()
-    mask_strides = (0, 0) if mask is None else mask.stride()
     run(
         linear_descriptor_fwd_kernel,
         (programs,),
@@ -187,8 +185,7 @@ def linear_by_descriptors(
         b=lora_b,
         bias=bias,
         gain=gain,
-        delta=delta,
-        mask=mask,
+        **echo_arguments(delta, mask),
         z=z,
         M=rows.total,
         T=rows.per_sample,
@@ -199,10 +196,6 @@ def linear_by_descriptors(
         stride_b_n=lora_b.stride(0),
         stride_b_r=lora_b.stride(1),
         stride_bias=0 if bias is None else bias.stride(0),
-        stride_delta_n=delta_strides[0],
-        stride_delta_d=delta_strides[1],
-        stride_mask_n=mask_strides[0],
-        stride_mask_t=mask_strides[1],
         PROGRAMS=programs,
         HAS_GAIN=gain is not None,
         HAS_BIAS=bias is not None,

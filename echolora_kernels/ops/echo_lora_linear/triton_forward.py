@@ -14,7 +14,17 @@ import triton.language as tl
 
 from . import configs
 from .configs import Tile
-from .launch import Dropout, Rows, accumulator, accumulator_dtype, device_of, input_precision, reduce_partials, run
+from .launch import (
+    Dropout,
+    Rows,
+    accumulator,
+    accumulator_dtype,
+    device_of,
+    echo_arguments,
+    input_precision,
+    reduce_partials,
+    run,
+)
 from .triton_blocks import add_low_rank, add_outside_gain, dropped, row_offsets, swizzled_tile
 
 
@@ -227,8 +237,6 @@ def shrink(
     splits = max(1, -(-width // per_split))
     out_dtype = x.dtype if splits == 1 else accumulator_dtype(x.dtype)
     s = x.new_empty((splits, rows.total, rank), dtype=out_dtype)
-    delta_strides = (0, 0) if delta is None else delta.stride()
-    mask_strides = (0, 0) if mask is None else mask.stride()
     run(
         shrink_fwd_kernel,
         (-(-rows.total // tile.rows), splits),
@@ -237,8 +245,7 @@ def shrink(
         x=x,
         a=a,
         gain=gain,
-        delta=delta,
-        mask=mask,
+        **echo_arguments(delta, mask),
         seed=dropout.seed,
         s=s,
         M=rows.total,
@@ -252,10 +259,6 @@ def shrink(
         stride_a_r=a.stride(0),
         stride_a_k=a.stride(1),
         stride_gain=0 if gain is None else gain.stride(0),
-        stride_delta_n=delta_strides[0],
-        stride_delta_d=delta_strides[1],
-        stride_mask_n=mask_strides[0],
-        stride_mask_t=mask_strides[1],
         SCALING=float(scaling),
         **dropout.constants(),
         HAS_GAIN=gain is not None,
@@ -315,8 +318,6 @@ def linear(
     z = None
     if store_z:
         z = x.new_empty((rows.total, d_out)) if base is None else base
-    delta_strides = (0, 0) if delta is None else delta.stride()
-    mask_strides = (0, 0) if mask is None else mask.stride()
     constants = (dropout if two_products else Dropout()).constants()
     constants["DORA_DROPOUT"] = constants.pop("DROPOUT")
     run(
@@ -330,8 +331,7 @@ def linear(
         b=lora_b,
         bias=bias,
         gain=gain,
-        delta=delta,
-        mask=mask,
+        **echo_arguments(delta, mask),
         seed=dropout.seed,
         base=base,
         y=y,
@@ -350,10 +350,6 @@ def linear(
         stride_b_n=lora_b.stride(0),
         stride_b_r=lora_b.stride(1),
         stride_bias=0 if bias is None else bias.stride(0),
-        stride_delta_n=delta_strides[0],
-        stride_delta_d=delta_strides[1],
-        stride_mask_n=mask_strides[0],
-        stride_mask_t=mask_strides[1],
         **constants,
         HAS_BASE=base is not None,
         HAS_GAIN=gain is not None,
