@@ -23,8 +23,8 @@ def load_model(
     """Model and tokenizer.
 
     Args:
-        spec: a local folder with safetensors weights, a .gguf file, "package:NAME" for the one GGUF file inside an installed Python package,
-            or a hub name.
+        spec: a local folder with safetensors weights, a .gguf file, "package:NAME" for the one GGUF file inside an
+            installed Python package, or a hub name.
         dtype: of the weights. device: where they go.
 
     Raises:
