@@ -66,7 +66,7 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
     ("descriptor", "single"): {"small": Tile(64, 64, 32, 8, 2)},
     ("descriptor", "double"): {"small": Tile(32, 32, 16, 4, 1)},
     ("shrink", "half"): {"thin": Tile(64, 0, 64, 4, 3), "thick": Tile(64, 0, 32, 8, 2)},
-    ("shrink", "single"): {"thin": Tile(32, 0, 32, 4, 2), "thick": Tile(32, 0, 16, 8, 2)},
+    ("shrink", "single"): {"thin": Tile(32, 0, 32, 4, 2), "thick": Tile(32, 0, 16, 8, 1)},
     ("shrink", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
     ("adapter_bwd", "half"): {"thin": Tile(128, 0, 32, 8, 3), "thick": Tile(64, 0, 32, 8, 2)},
     ("adapter_bwd", "single"): {"thin": Tile(32, 0, 16, 4, 2), "thick": Tile(32, 0, 16, 8, 1)},

@@ -227,7 +227,7 @@ def input_bwd_kernel(
 
     # dropout masks the adapter's share only, so that share comes before the rest
     b_dropped = tl.zeros([BLOCK_M, BLOCK_K], ACC)
-    for i_step in tl.static_range(RANK_STEPS):
+    for i_step in tl.range(0, RANK_STEPS, num_stages=1):
         o_r = i_step * BLOCK_R + tl.arange(0, BLOCK_R)
         m_r = o_r < R
         b_ds = tl.load(ds + o_m.to(tl.int64)[:, None] * R + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)

@@ -69,7 +69,7 @@ def add_low_rank(
     PRECISION: tl.constexpr,
 ):
     """b_z + S B^T for one output tile, in the same accumulator; rows of s are stride_s apart, b has any strides."""
-    for i_step in tl.static_range(RANK_STEPS):
+    for i_step in tl.range(0, RANK_STEPS, num_stages=1):
         o_r = i_step * BLOCK_R + tl.arange(0, BLOCK_R)
         m_r = o_r < R
         b_s = tl.load(
