@@ -1,0 +1,255 @@
+// The CPU implementations of the operators in csrc/library.cpp: tensors in, plain arguments out to the kernels.
+#include <torch/csrc/stable/library.h>
+
+#include <limits>
+#include <tuple>
+
+#include "../check.h"
+#include "dispatch.h"
+
+namespace echolora {
+namespace {
+
+void parallel(int64_t count, void (*task)(int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) task(i, context);
+  });
+}
+
+Type type_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::Double: return Type::f64;
+    case ScalarType::BFloat16: return Type::bf16;
+    default: return Type::f16;
+  }
+}
+
+Rows rows_of(const Tensor& tensor, const char* name) {
+  want_rows(tensor, name);
+  return {tensor.data_ptr(), type_of(tensor),  tensor.size(0),   tensor.size(1),
+          tensor.size(2),    tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+Thin thin_of(const Tensor& tensor, const char* name, ScalarType element, int64_t rows, int64_t cols, const Tensor& first) {
+  want_thin(tensor, name, element, rows, cols, first);
+  return {tensor.data_ptr(), type_of(tensor), tensor.stride(0), tensor.stride(1)};
+}
+
+// A contiguous optional argument's data.
+void* data_of(const Optional& tensor, const char* name, ScalarType dtype, int64_t numel, const Tensor& first) {
+  if (!tensor) return nullptr;
+  want_dense(*tensor, name, dtype, numel, first);
+  return tensor->data_ptr();
+}
+
+Dropout dropout_of(const Optional& seed, int64_t below, double keep_scale) {
+  if (below == 0) return {};
+  want(seed.has_value(), "seed", "None", "a tensor where drop_below is not 0");
+  want(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed", dtype_of(*seed), "one Long element");
+  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr())), below, keep_scale};
+}
+
+Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+Tensor shrink(const Tensor& x, const Tensor& a, double scaling, const Optional& seed, int64_t drop_below,
+              double keep_scale, const Optional& gain, int64_t site, const Optional& delta, const Optional& mask) {
+  const ScalarType element = x.scalar_type(), wide = accumulator_of(element);
+  want(a.dim() == 2, "a", shape_of(a), "2 dimensions");
+  const int64_t rank = a.size(0);
+  want_rank(a, "a", rank);
+  Shrink p{};
+  p.x = rows_of(x, "x");
+  p.a = thin_of(a, "a", element, rank, p.x.width, x);
+  p.rank = rank;
+  p.scaling = scaling;
+  p.dropout = dropout_of(seed, drop_below, keep_scale);
+  p.gain = data_of(gain, "gain", wide, p.x.width, x);
+  want(site >= 0 && site <= 2, "site", std::to_string(site), "0, 1 or 2");
+  want(site == 0 || (delta && mask), "delta and mask", "None", "tensors for an echo inside the adapter");
+  p.site = static_cast<Site>(site);
+  p.delta = data_of(delta, "delta", wide, p.x.samples * (site == 2 ? rank : p.x.width), x);
+  p.mask = data_of(mask, "mask", wide, p.x.total(), x);
+  const Tensor s = empty(x, {p.x.total(), rank}, a.scalar_type());
+  p.s = s.data_ptr();
+  p.s_type = type_of(a);
+  if (p.x.total() == 0) return s;
+  const Tensor work = empty(x, {kernels().shrink_work(p)}, wide);
+  p.work = work.data_ptr();
+  kernels().shrink(p, parallel);
+  return s;
+}
+
+void linear_epilogue(const Tensor& s, const Tensor& b, const Optional& z, const Optional& base, const Optional& gain,
+                     const Optional& bias, const Optional& delta, const Optional& mask, const Tensor& y, bool store_z) {
+  want_rows(y, "y");
+  const ScalarType element = y.scalar_type(), wide = accumulator_of(element);
+  const int64_t rows = y.size(0) * y.size(1), width = y.size(2);
+  want(s.dim() == 2, "s", shape_of(s), "2 dimensions");
+  const int64_t rank = s.size(1);
+  want_rank(s, "s", rank);
+  want_dense(y, "y", element, rows * width, s);
+  LinearEpilogue p{};
+  p.samples = y.size(0);
+  p.per_sample = y.size(1);
+  p.width = width;
+  p.rank = rank;
+  p.type = type_of(y);
+  p.s = thin_of(s, "s", element, rows, rank, y);
+  p.b = thin_of(b, "b", element, width, rank, y);
+  p.z = data_of(z, "z", element, rows * width, y);
+  p.base = data_of(base, "base", element, rows * width, y);
+  p.gain = data_of(gain, "gain", wide, width, y);
+  p.bias = data_of(bias, "bias", wide, width, y);
+  want(delta.has_value() == mask.has_value(), "mask", mask ? "a tensor" : "None", "one exactly where delta is given");
+  p.delta = data_of(delta, "delta", wide, p.samples * width, y);
+  p.mask = data_of(mask, "mask", wide, rows, y);
+  want(z || !(store_z || base), "z", "None", "a tensor where store_z or base is given");
+  p.y = y.data_ptr();
+  p.store_z = store_z;
+  if (rows * width == 0) return;
+  const Tensor work = empty(y, {kernels().linear_epilogue_work(p)}, wide);
+  p.work = work.data_ptr();
+  kernels().linear_epilogue(p, parallel);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
+    const Tensor& dy, const Optional& s, const Tensor& b, double scaling, const Optional& gain, const Optional& z,
+    const Optional& mask, bool need_ds, bool need_db, bool need_dbias, bool need_dgain, bool need_ddelta) {
+  const ScalarType element = dy.scalar_type(), wide = accumulator_of(element);
+  AdapterBackward p{};
+  p.dy = rows_of(dy, "dy");
+  want(b.dim() == 2, "b", shape_of(b), "2 dimensions");
+  p.rank = b.size(1);
+  want_rank(b, "b", p.rank);
+  const int64_t rows = p.dy.total(), width = p.dy.width;
+  p.b = thin_of(b, "b", element, width, p.rank, dy);
+  want(s || !need_db, "s", "None", "a tensor where need_db is set");
+  want(z || !need_dgain, "z", "None", "a tensor where need_dgain is set");
+  want(mask || !need_ddelta, "mask", "None", "a tensor where need_ddelta is set");
+  if (s) p.s = thin_of(*s, "s", element, rows, p.rank, dy);
+  p.scaling = scaling;
+  p.gain = data_of(gain, "gain", wide, width, dy);
+  p.z = data_of(z, "z", element, rows * width, dy);
+  p.mask = data_of(mask, "mask", wide, rows, dy);
+  const auto result = [&](bool needed, const std::vector<int64_t>& shape) {
+    return empty(dy, needed ? shape : std::vector<int64_t>{0}, wide);
+  };
+  const Tensor ds = result(need_ds, {rows, p.rank}), db = result(need_db, {width, p.rank});
+  const Tensor dbias = result(need_dbias, {width}), dgain = result(need_dgain, {width});
+  const Tensor ddelta = result(need_ddelta, {p.dy.samples, width});
+  p.ds = need_ds ? ds.data_ptr() : nullptr;
+  p.db = need_db ? db.data_ptr() : nullptr;
+  p.dbias = need_dbias ? dbias.data_ptr() : nullptr;
+  p.dgain = need_dgain ? dgain.data_ptr() : nullptr;
+  p.ddelta = need_ddelta ? ddelta.data_ptr() : nullptr;
+  if (rows > 0 && (need_ds || need_db || need_dbias || need_dgain || need_ddelta)) {
+    const Tensor work = empty(dy, {kernels().adapter_backward_work(p)}, wide);
+    p.work = work.data_ptr();
+    kernels().adapter_backward(p, parallel);
+  }
+  return {ds, db, dbias, dgain, ddelta};
+}
+
+Tensor lora_a_backward(const Tensor& x, const Tensor& ds, const Optional& seed, int64_t drop_below, double keep_scale,
+                       const Optional& delta, const Optional& mask) {
+  const ScalarType element = x.scalar_type(), wide = accumulator_of(element);
+  LoraABackward p{};
+  p.x = rows_of(x, "x");
+  want(ds.dim() == 2, "ds", shape_of(ds), "2 dimensions");
+  p.rank = ds.size(1);
+  want_rank(ds, "ds", p.rank);
+  p.ds = thin_of(ds, "ds", element, p.x.total(), p.rank, x);
+  p.dropout = dropout_of(seed, drop_below, keep_scale);
+  want(delta.has_value() == mask.has_value(), "mask", mask ? "a tensor" : "None", "one exactly where delta is given");
+  p.delta = data_of(delta, "delta", wide, p.x.samples * p.x.width, x);
+  p.mask = data_of(mask, "mask", wide, p.x.total(), x);
+  const Tensor da = empty(x, {p.rank, p.x.width}, wide);
+  p.da = da.data_ptr();
+  kernels().lora_a_backward(p, parallel);
+  return da;
+}
+
+void input_epilogue(const Tensor& ds, const Tensor& a, const Optional& product, const Optional& seed,
+                    int64_t drop_below, double keep_scale, bool accumulate, const Tensor& dx) {
+  want(dx.dim() == 2, "dx", shape_of(dx), "2 dimensions");
+  want_element(dx, "dx");
+  want(ds.dim() == 2, "ds", shape_of(ds), "2 dimensions");
+  const ScalarType element = dx.scalar_type(), wide = accumulator_of(element);
+  InputEpilogue p{};
+  p.total = dx.size(0);
+  p.width = dx.size(1);
+  p.rank = ds.size(1);
+  want_rank(ds, "ds", p.rank);
+  want_dense(dx, "dx", element, p.total * p.width, ds);
+  p.type = type_of(dx);
+  p.ds = thin_of(ds, "ds", element, p.total, p.rank, dx);
+  p.a = thin_of(a, "a", element, p.rank, p.width, dx);
+  p.product = data_of(product, "product", element, p.total * p.width, dx);
+  p.dropout = dropout_of(seed, drop_below, keep_scale);
+  p.accumulate = accumulate;
+  p.dx = dx.data_ptr();
+  if (p.total * p.width == 0) return;
+  const Tensor work = empty(dx, {kernels().input_epilogue_work(p)}, wide);
+  p.work = work.data_ptr();
+  kernels().input_epilogue(p, parallel);
+}
+
+std::tuple<Tensor, Tensor> dora_norm(const Tensor& weight, const Tensor& a, const Tensor& b, double scaling,
+                                     const Optional& magnitude) {
+  want(weight.dim() == 2, "weight", shape_of(weight), "2 dimensions");
+  want_element(weight, "weight");
+  want(a.dim() == 2, "a", shape_of(a), "2 dimensions");
+  DoraNorm p{};
+  p.wide = weight.scalar_type() == ScalarType::Double || a.scalar_type() == ScalarType::Double;
+  const ScalarType wide = p.wide ? ScalarType::Double : ScalarType::Float;
+  p.d_out = weight.size(0);
+  p.d_in = weight.size(1);
+  p.rank = a.size(0);
+  want_rank(a, "a", p.rank);
+  p.weight = {weight.data_ptr(), type_of(weight), weight.stride(0), weight.stride(1)};
+  want_element(a, "a");
+  want_shape(a, "a", {p.rank, p.d_in});
+  want_element(b, "b");
+  want_shape(b, "b", {p.d_out, p.rank});
+  want_same_device(a, "a", weight);
+  want_same_device(b, "b", weight);
+  p.a = {a.data_ptr(), type_of(a), a.stride(0), a.stride(1)};
+  p.b = {b.data_ptr(), type_of(b), b.stride(0), b.stride(1)};
+  p.scaling = scaling;
+  p.floor = p.wide ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
+  p.magnitude = data_of(magnitude, "magnitude", wide, p.d_out, weight);
+  const Tensor norm = empty(weight, {p.d_out}, wide), gain = empty(weight, {magnitude ? p.d_out : 0}, wide);
+  p.norm = norm.data_ptr();
+  p.gain = gain.data_ptr();
+  const Tensor work = empty(weight, {kernels().dora_norm_work(p)}, wide);
+  p.work = work.data_ptr();
+  kernels().dora_norm(p, parallel);
+  return {norm, gain};
+}
+
+Tensor drop(const Tensor& x, const Tensor& seed, int64_t drop_below, double keep_scale) {
+  Drop p{};
+  p.x = rows_of(x, "x");
+  p.dropout = dropout_of(seed, drop_below, keep_scale);
+  const Tensor out = empty(x, {p.x.total(), p.x.width}, x.scalar_type());
+  p.out = out.data_ptr();
+  kernels().drop(p, parallel);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(echolora, CPU, m) {
+  m.impl("shrink", TORCH_BOX(&shrink));
+  m.impl("linear_epilogue", TORCH_BOX(&linear_epilogue));
+  m.impl("adapter_backward", TORCH_BOX(&adapter_backward));
+  m.impl("lora_a_backward", TORCH_BOX(&lora_a_backward));
+  m.impl("input_epilogue", TORCH_BOX(&input_epilogue));
+  m.impl("dora_norm", TORCH_BOX(&dora_norm));
+  m.impl("drop", TORCH_BOX(&drop));
+}
+
+}  // namespace echolora

@@ -1,0 +1,132 @@
+// Plain arguments of the CPU kernels: free of torch, so that a file built for one instruction set shares no inline code.
+#pragma once
+
+#include <cstdint>
+
+namespace echolora {
+
+enum class Type { f32, f64, bf16, f16 };
+enum class Site { none, adapter_input, rank };
+
+// x or dY, [samples, per_sample, width], any strides; row m is position m % per_sample of sample m / per_sample
+struct Rows {
+  const void* data;
+  Type type;
+  int64_t samples, per_sample, width;
+  int64_t stride_n, stride_t, stride_w;
+  int64_t total() const { return samples * per_sample; }
+};
+
+// A, B, S or dS: one side is the rank; data is null where the operator goes without it
+struct Thin {
+  const void* data = nullptr;
+  Type type = Type::f32;
+  int64_t stride_row = 0, stride_col = 0;
+};
+
+// an element is dropped where the 24 high bits of its random word are below `below`; 0 is no dropout
+struct Dropout {
+  uint64_t seed = 0;
+  int64_t below = 0;
+  double keep_scale = 1;
+};
+
+// void* below is the accumulator's type (double for f64, else float), contiguous, or null where there is none;
+// "element" is the type of the rows. `work` is scratch of as many accumulators as `*_work` says.
+
+struct Shrink {
+  Rows x;
+  Thin a;  // [rank, width]
+  int64_t rank;
+  double scaling;
+  Dropout dropout;
+  const void* gain;  // [width]
+  Site site;
+  const void *delta, *mask;  // [samples, width or rank], [total]
+  void* s;                   // [total, rank], contiguous
+  Type s_type;
+  void* work;
+};
+
+struct LinearEpilogue {
+  int64_t samples, per_sample, width, rank;
+  Type type;
+  Thin s, b;                                // [total, rank], [width, rank]
+  void* z;                                  // [total, width], element
+  const void* base;                         // [total, width], element
+  const void *gain, *bias, *delta, *mask;   // [width], [width], [samples, width], [total]
+  void* y;                                  // [total, width], element
+  bool store_z;
+  void* work;
+};
+
+struct AdapterBackward {
+  Rows dy;
+  Thin s, b;  // [total, rank], [width, rank]
+  int64_t rank;
+  double scaling;
+  const void* gain;  // [width]
+  const void* z;     // [total, width], element
+  const void* mask;  // [total]
+  void *ds, *db, *dbias, *dgain, *ddelta;  // [total, rank], [width, rank], [width], [width], [samples, width]
+  void* work;
+};
+
+struct LoraABackward {
+  Rows x;
+  Thin ds;  // [total, rank]
+  int64_t rank;
+  Dropout dropout;
+  const void *delta, *mask;  // [samples, width], [total]
+  void* da;                  // [rank, width]
+};
+
+struct InputEpilogue {
+  int64_t total, width, rank;
+  Type type;
+  Thin ds, a;           // [total, rank], [rank, width]
+  const void* product;  // [total, width], element
+  Dropout dropout;
+  bool accumulate;
+  void* dx;  // [total, width], element
+  void* work;
+};
+
+struct DoraNorm {
+  Thin weight;  // [d_out, d_in]
+  Thin a, b;    // [rank, d_in], [d_out, rank]
+  int64_t d_out, d_in, rank;
+  double scaling, floor;
+  const void* magnitude;  // [d_out], or null
+  void *norm, *gain;      // [d_out]
+  bool wide;              // accumulate in double
+  void* work;
+};
+
+struct Drop {
+  Rows x;
+  Dropout dropout;
+  void* out;  // [total, width], element
+};
+
+// Runs task(0) .. task(count - 1), in any order, on any number of threads.
+using Parallel = void (*)(int64_t count, void (*task)(int64_t, void*), void* context);
+
+// The kernels as one instruction set has them.
+struct Kernels {
+  const char* name;
+  int64_t (*shrink_work)(const Shrink&);
+  void (*shrink)(const Shrink&, Parallel);
+  int64_t (*linear_epilogue_work)(const LinearEpilogue&);
+  void (*linear_epilogue)(const LinearEpilogue&, Parallel);
+  int64_t (*adapter_backward_work)(const AdapterBackward&);
+  void (*adapter_backward)(const AdapterBackward&, Parallel);
+  void (*lora_a_backward)(const LoraABackward&, Parallel);
+  int64_t (*input_epilogue_work)(const InputEpilogue&);
+  void (*input_epilogue)(const InputEpilogue&, Parallel);
+  int64_t (*dora_norm_work)(const DoraNorm&);
+  void (*dora_norm)(const DoraNorm&, Parallel);
+  void (*drop)(const Drop&, Parallel);
+};
+
+}  // namespace echolora

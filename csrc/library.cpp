@@ -1,0 +1,39 @@
+// The operators of the compiled backends: what each computes; CPU and CUDA implementations register themselves.
+//
+// Python (ops/echo_lora_linear/compiled_kernels.py) composes them with the vendor's GEMM, which computes every product
+// with W0. x and dy are [n, T, width] with any strides, T rows a sample, M = n T rows in all. "Accumulator" is float64
+// for float64 elements and float32 for the others. Dropout keeps an element where the 24 high bits of its random word
+// (Philox4x32-7 of seed, row and column) are at least drop_below = round(p 2^24); drop_below = 0 is no dropout.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(echolora, m) {
+  // S = scaling ((drop(x) + [site 1] mask delta) (gain * a)^T + [site 2] mask delta): [M, r], dtype of a.
+  // a [r, K] in x's dtype or the accumulator's; gain [K], delta [n, K or r], mask [M] in the accumulator's.
+  m.def(
+      "shrink(Tensor x, Tensor a, float scaling, Tensor? seed, int drop_below, float keep_scale, Tensor? gain, "
+      "int site, Tensor? delta, Tensor? mask) -> Tensor");
+  // t = S b^T (+ z);  y = (gain t + (base - z), or t) + bias + mask delta;  store_z: z := t.
+  // s [M, r], b [N, r]; y [n, T, N], z and base [M, N] contiguous; z may be y. z absent: the product S b^T alone.
+  m.def(
+      "linear_epilogue(Tensor s, Tensor b, Tensor(a!)? z, Tensor? base, Tensor? gain, Tensor? bias, Tensor? delta, "
+      "Tensor? mask, Tensor(b!) y, bool store_z) -> ()");
+  // One pass over dy [n, T, N]: dS = scaling dy (gain b) [M, r]; db = gain dy^T s [N, r]; dbias = sums of dy [N];
+  // dgain = sums of dy z [N]; ddelta = sums of mask dy over each sample [n, N]: in the accumulator's dtype, in an order
+  // that depends on shapes alone; empty where not needed.
+  m.def(
+      "adapter_backward(Tensor dy, Tensor? s, Tensor b, float scaling, Tensor? gain, Tensor? z, Tensor? mask, "
+      "bool need_ds, bool need_db, bool need_dbias, bool need_dgain, bool need_ddelta) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // dA = dS^T (drop(x) + mask delta): [r, K] in the accumulator's dtype; ds [M, r] likewise.
+  m.def(
+      "lora_a_backward(Tensor x, Tensor ds, Tensor? seed, int drop_below, float keep_scale, Tensor? delta, "
+      "Tensor? mask) -> Tensor");
+  // v = drop'(dS a + product);  dx = dx + v where accumulate, else v. dx and product [M, K] contiguous.
+  m.def(
+      "input_epilogue(Tensor ds, Tensor a, Tensor? product, Tensor? seed, int drop_below, float keep_scale, "
+      "bool accumulate, Tensor(a!) dx) -> ()");
+  // norm = row norms of weight + scaling b a;  gain = magnitude / max(norm, smallest normal number). Both [N].
+  m.def("dora_norm(Tensor weight, Tensor a, Tensor b, float scaling, Tensor? magnitude) -> (Tensor, Tensor)");
+  // drop(x): [M, K], contiguous, in x's dtype.
+  m.def("drop(Tensor x, Tensor seed, int drop_below, float keep_scale) -> Tensor");
+}
