@@ -10,20 +10,21 @@ namespace ECHOLORA_ISA {
 struct Chunks {
   int64_t count, rows;
   explicit Chunks(int64_t total) {
-    rows = round_up((total + 63) / 64, ROWS_PER_TASK);
-    if (rows < 4 * ROWS_PER_TASK) rows = 4 * ROWS_PER_TASK;
+    rows = round_up((total + 63) / 64, BLOCK_ROWS);
+    if (rows < 4 * BLOCK_ROWS) rows = 4 * BLOCK_ROWS;
     count = (total + rows - 1) / rows;
   }
 };
 
 // Where adapter_backward keeps its partial sums: per chunk B's gradient, bias's, gain's, and two samples' of Delta.
-template <class A>
+template <class P>
 struct Partials {
-  int64_t padded, width, per_chunk;
+  using A = typename P::A;
+  int64_t padded, width, per_chunk;  // width: padded to whole blocks
   A *b, *sums;
-  Partials(const AdapterBackward& p, A* work) : padded(padded_rank<A>(p.rank)), width(p.dy.width) {
-    b = work;
-    sums = work + width * padded;
+  Partials(const AdapterBackward& p, void* work)
+      : padded(P::padded_rank(p.rank)), width(round_up(p.dy.width, BLOCK_COLS)), b(static_cast<A*>(work)) {
+    sums = b + P::packed_size(width, p.rank);
     per_chunk = width * ((p.db ? padded : 0) + (p.dbias ? 1 : 0) + (p.dgain ? 1 : 0) + (p.ddelta ? 2 : 0));
   }
   A* db(const AdapterBackward&, int64_t chunk) const { return sums + chunk * per_chunk; }
@@ -32,55 +33,66 @@ struct Partials {
   A* ddelta(const AdapterBackward& p, int64_t chunk) const { return dgain(p, chunk) + (p.dgain ? width : 0); }
 };
 
-template <class E>
+template <class P>
 int64_t adapter_backward_work(const AdapterBackward& p) {
-  const Partials<Acc<E>> partials(p, nullptr);
-  return p.dy.width * partials.padded + Chunks(p.dy.total()).count * partials.per_chunk;
+  const Partials<P> partials(p, nullptr);
+  return P::packed_size(partials.width, p.rank) + Chunks(p.dy.total()).count * partials.per_chunk;
 }
 
-// Adds one sub-block's rows [first, first + here) of columns [col, col + cols) to the chunk's sums.
-template <class E>
-inline void add_column_sums(const AdapterBackward& p, const Block<Acc<E>>& block, const Partials<Acc<E>>& partials,
-                            int64_t chunk, int64_t chunk_first, int64_t chunk_last, int64_t first, int64_t here,
-                            int64_t col, int64_t cols) {
-  using A = Acc<E>;
+// Adds rows [first, first + here) of columns [col, col + cols) to the chunk's sums over columns.
+template <class P>
+inline void add_column_sums(const AdapterBackward& p, const typename P::Packed* block, const Partials<P>& partials,
+                            int64_t chunk, int64_t from, int64_t to, int64_t first, int64_t here, int64_t col,
+                            int64_t cols) {
+  using A = typename P::A;
+  using E = typename P::Element;
   for (int64_t i = 0; i < here; i++) {
     const int64_t m = first + i;
-    const A* dy = block.data + i * block.stride;
+    const auto* dy = block + i * BLOCK_COLS;
     if (p.dbias) {
       A* dbias = partials.dbias(p, chunk) + col;
-      for (int64_t j = 0; j < cols; j++) dbias[j] += dy[j];
+      for (int64_t j = 0; j < cols; j++) dbias[j] += widen(dy[j]);
     }
     if (p.dgain) {
       A* dgain = partials.dgain(p, chunk) + col;
       const E* z = static_cast<const E*>(p.z) + m * p.dy.width + col;
-      for (int64_t j = 0; j < cols; j++) dgain[j] += dy[j] * widen(z[j]);
+      for (int64_t j = 0; j < cols; j++) dgain[j] += widen(dy[j]) * widen(z[j]);
     }
     if (p.ddelta) {
       const A weight = static_cast<const A*>(p.mask)[m];
       if (weight == 0) continue;
-      const int64_t sample = m / p.dy.per_sample, from = chunk_first / p.dy.per_sample;
+      const int64_t sample = m / p.dy.per_sample;
       A* ddelta = static_cast<A*>(p.ddelta) + sample * p.dy.width;  // a sample that no other chunk has rows of
       if (sample == from) ddelta = partials.ddelta(p, chunk);
-      else if (sample == (chunk_last - 1) / p.dy.per_sample) ddelta = partials.ddelta(p, chunk) + p.dy.width;
-      for (int64_t j = 0; j < cols; j++) ddelta[col + j] += weight * dy[j];
+      else if (sample == to) ddelta = partials.ddelta(p, chunk) + partials.width;
+      for (int64_t j = 0; j < cols; j++) ddelta[col + j] += weight * widen(dy[j]);
     }
   }
 }
 
+// sums[c] for c > 0 added to sums[0], in that order: [chunks, width, padded], columns of one block
 template <class A>
-inline void add_partials(const AdapterBackward& p, const Partials<A>& partials, const Chunks& chunks, Parallel parallel) {
+inline void add_chunks(A* sums, int64_t chunks, int64_t stride, int64_t first, int64_t count) {
+  for (int64_t c = 1; c < chunks; c++)
+    for (int64_t i = first; i < first + count; i++) sums[i] += sums[c * stride + i];
+}
+
+template <class P>
+inline void add_partials(const AdapterBackward& p, const Partials<P>& partials, const Chunks& chunks, Parallel parallel) {
+  using A = typename P::A;
   const A* gain = static_cast<const A*>(p.gain);
-  const int64_t width = p.dy.width, total = p.dy.total(), per_sample = p.dy.per_sample;
-  run(parallel, (width + 63) / 64, [&](int64_t task) {
-    const int64_t first = task * 64, last = at_most(first + 64, width);
-    if (p.db)
-      for (int64_t n = first; n < last; n++) {
-        A* sum = partials.db(p, 0) + n * partials.padded;
-        for (int64_t c = 1; c < chunks.count; c++)
-          for (int64_t r = 0; r < partials.padded; r++) sum[r] += partials.db(p, c)[n * partials.padded + r];
-        for (int64_t r = 0; r < p.rank; r++) static_cast<A*>(p.db)[n * p.rank + r] = gain ? gain[n] * sum[r] : sum[r];
-      }
+  const int64_t width = p.dy.width, total = p.dy.total(), per_sample = p.dy.per_sample, padded = partials.padded;
+  run(parallel, col_tasks(width), [&](int64_t task) {
+    const int64_t first = task * BLOCK_COLS, last = at_most(first + BLOCK_COLS, width);
+    if (p.db) {
+      A* sums = partials.db(p, 0);
+      add_chunks(sums, chunks.count, partials.per_chunk, first * padded, BLOCK_COLS * padded);
+      for (int64_t n = first; n < last; n++)
+        for (int64_t r = 0; r < p.rank; r++) {
+          const A sum = sums[P::sum_at(n, r, padded)];
+          static_cast<A*>(p.db)[n * p.rank + r] = gain ? gain[n] * sum : sum;
+        }
+    }
     for (int64_t n = first; n < last; n++) {
       A bias = 0, of_gain = 0;
       for (int64_t c = 0; c < chunks.count; c++) {
@@ -96,37 +108,41 @@ inline void add_partials(const AdapterBackward& p, const Partials<A>& partials, 
         const int64_t from = c * chunks.rows / per_sample, to = chunk_last / per_sample;
         for (int64_t slot = 0; slot < (to > from ? 2 : 1); slot++)
           for (int64_t n = first; n < last; n++)
-            static_cast<A*>(p.ddelta)[(slot ? to : from) * width + n] += partials.ddelta(p, c)[slot * width + n];
+            static_cast<A*>(p.ddelta)[(slot ? to : from) * width + n] += partials.ddelta(p, c)[slot * partials.width + n];
       }
   });
 }
 
-template <class E>
+template <class P>
 void adapter_backward(const AdapterBackward& p, Parallel parallel) {
-  using A = Acc<E>;
+  using A = typename P::A;
+  using Packed = typename P::Packed;
   const int64_t rows = p.dy.total(), width = p.dy.width;
   const Chunks chunks(rows);
-  const Partials<A> partials(p, static_cast<A*>(p.work));
+  const Partials<P> partials(p, p.work);
   const int64_t padded = partials.padded;
-  if (p.ds) pack_columns(transposed(p.b), p.rank, width, padded, static_cast<const A*>(p.gain), partials.b, parallel);
-  if (p.ddelta)
-    for (int64_t i = 0; i < p.dy.samples * width; i++) static_cast<A*>(p.ddelta)[i] = 0;
+  const Packed* b = reinterpret_cast<const Packed*>(partials.b);
+  if (p.ds) pack_all<P>(p.b, width, p.rank, p.gain, partials.b, parallel);
+  if (p.ddelta) std::memset(p.ddelta, 0, sizeof(A) * p.dy.samples * width);
   run(parallel, chunks.count, [&](int64_t chunk) {
+    const typename P::Session session;
     const int64_t chunk_first = chunk * chunks.rows, chunk_last = at_most(chunk_first + chunks.rows, rows);
-    alignas(64) A scratch[ROWS_PER_TASK * BLOCK_COLS], s[ROWS_PER_TASK * 256], ds[ROWS_PER_TASK * 256];
+    const int64_t from = chunk_first / p.dy.per_sample, to = (chunk_last - 1) / p.dy.per_sample;
+    Ahead ahead;
+    alignas(64) Packed block[BLOCK_ROWS * BLOCK_COLS], s[BLOCK_ROWS * MAX_RANK];
+    alignas(64) A ds[BLOCK_ROWS * MAX_RANK];
     std::memset(partials.db(p, chunk), 0, sizeof(A) * partials.per_chunk);
-    for (int64_t first = chunk_first; first < chunk_last; first += ROWS_PER_TASK) {
-      const int64_t here = at_most(ROWS_PER_TASK, chunk_last - first);
-      if (p.db) pack_rows(p.s, first, here, p.rank, padded, s);
-      for (int64_t i = 0; i < here * padded; i++) ds[i] = 0;
+    for (int64_t first = chunk_first; first < chunk_last; first += BLOCK_ROWS) {
+      const int64_t here = at_most(BLOCK_ROWS, chunk_last - first);
+      if (p.db) P::pack_rows(p.s, first, here, p.rank, padded, s);
+      if (p.ds) std::memset(ds, 0, sizeof(A) * BLOCK_ROWS * padded);
       for (int64_t col = 0; col < width; col += BLOCK_COLS) {
         const int64_t cols = at_most(BLOCK_COLS, width - col);
-        const Block<A> block = read_block<E>(p.dy, {}, first, here, col, cols, scratch);
-        if (p.ds) gather<A>(block.data, block.stride, 1, here, partials.b + col * padded, padded, cols, ds);
-        if (p.db)
-          gather<A>(block.data, 1, block.stride, cols, s, padded, here, partials.db(p, chunk) + col * padded);
+        P::read(p.dy, {}, first, here, col, cols, block, &ahead);
+        if (p.ds) P::gather_rows(block, here, cols, b + col * padded, padded, ds, &ahead);
+        if (p.db) P::gather_cols(block, here, cols, s, padded, partials.db(p, chunk) + col * padded, &ahead);
         if (p.dbias || p.dgain || p.ddelta)
-          add_column_sums<E>(p, block, partials, chunk, chunk_first, chunk_last, first, here, col, cols);
+          add_column_sums<P>(p, block, partials, chunk, from, to, first, here, col, cols);
       }
       if (p.ds)
         for (int64_t i = 0; i < here; i++)
@@ -134,61 +150,80 @@ void adapter_backward(const AdapterBackward& p, Parallel parallel) {
             static_cast<A*>(p.ds)[(first + i) * p.rank + r] = static_cast<A>(p.scaling) * ds[i * padded + r];
     }
   });
-  add_partials(p, partials, chunks, parallel);
+  add_partials<P>(p, partials, chunks, parallel);
 }
 
-template <class E>
+template <class P>
+int64_t lora_a_backward_work(const LoraABackward& p) {
+  return Chunks(p.x.total()).count * round_up(p.x.width, BLOCK_COLS) * P::padded_rank(p.rank);
+}
+
+template <class P>
 void lora_a_backward(const LoraABackward& p, Parallel parallel) {
-  using A = Acc<E>;
-  const int64_t rows = p.x.total(), width = p.x.width, padded = padded_rank<A>(p.rank);
-  // columns a task: sixteen tasks where the rows are short, else runs long enough to stream
-  int64_t block_cols = round_up((width + 15) / 16, 64);
-  if (block_cols > BLOCK_COLS) block_cols = BLOCK_COLS;
+  using A = typename P::A;
+  using Packed = typename P::Packed;
+  const int64_t rows = p.x.total(), width = p.x.width, padded = P::padded_rank(p.rank);
+  const int64_t partial = round_up(width, BLOCK_COLS) * padded;
+  const Chunks chunks(rows);
+  A* sums = static_cast<A*>(p.work);
   const Reading<A> reading{p.dropout, static_cast<const A*>(p.delta), static_cast<const A*>(p.mask)};
-  run(parallel, (width + block_cols - 1) / block_cols, [&](int64_t task) {
-    const int64_t col = task * block_cols, cols = at_most(block_cols, width - col);
-    alignas(64) A scratch[ROWS_PER_TASK * BLOCK_COLS], ds[ROWS_PER_TASK * 256], sums[BLOCK_COLS * 256];
-    std::memset(sums, 0, sizeof(A) * cols * padded);
-    for (int64_t first = 0; first < rows; first += ROWS_PER_TASK) {
-      const int64_t here = at_most(ROWS_PER_TASK, rows - first);
-      pack_rows(p.ds, first, here, p.rank, padded, ds);
-      const Block<A> block = read_block<E>(p.x, reading, first, here, col, cols, scratch);
-      gather<A>(block.data, 1, block.stride, cols, ds, padded, here, sums);
+  run(parallel, chunks.count, [&](int64_t chunk) {
+    const typename P::Session session;
+    const int64_t chunk_last = at_most((chunk + 1) * chunks.rows, rows);
+    Ahead ahead;
+    alignas(64) Packed block[BLOCK_ROWS * BLOCK_COLS], ds[BLOCK_ROWS * MAX_RANK];
+    std::memset(sums + chunk * partial, 0, sizeof(A) * partial);
+    for (int64_t first = chunk * chunks.rows; first < chunk_last; first += BLOCK_ROWS) {
+      const int64_t here = at_most(BLOCK_ROWS, chunk_last - first);
+      P::pack_rows(p.ds, first, here, p.rank, padded, ds);
+      for (int64_t col = 0; col < width; col += BLOCK_COLS) {
+        const int64_t cols = at_most(BLOCK_COLS, width - col);
+        P::read(p.x, reading, first, here, col, cols, block, &ahead);
+        P::gather_cols(block, here, cols, ds, padded, sums + chunk * partial + col * padded, &ahead);
+      }
     }
+  });
+  run(parallel, col_tasks(width), [&](int64_t task) {
+    const int64_t first = task * BLOCK_COLS, last = at_most(first + BLOCK_COLS, width);
+    add_chunks(sums, chunks.count, partial, first * padded, BLOCK_COLS * padded);
     for (int64_t r = 0; r < p.rank; r++)
-      for (int64_t j = 0; j < cols; j++) static_cast<A*>(p.da)[r * width + col + j] = sums[j * padded + r];
+      for (int64_t k = first; k < last; k++) static_cast<A*>(p.da)[r * width + k] = sums[P::sum_at(k, r, padded)];
   });
 }
 
-template <class E>
+template <class P>
 int64_t input_epilogue_work(const InputEpilogue& p) {
-  return p.rank * round_up(p.width, SPREAD_COLS<Acc<E>>);
+  return P::wide_size(p.rank, p.width);
 }
 
-template <class E>
+template <class P>
 void input_epilogue(const InputEpilogue& p, Parallel parallel) {
-  using A = Acc<E>;
-  const int64_t padded = round_up(p.width, SPREAD_COLS<A>);
-  A* wide = static_cast<A*>(p.work);
-  pack_wide(transposed(p.a), p.rank, p.width, wide, parallel);
+  using A = typename P::A;
+  using E = typename P::Element;
+  using Packed = typename P::Packed;
+  const Packed* wide = static_cast<const Packed*>(p.work);
+  pack_wide_all<P>(transposed(p.a), p.width, p.rank, p.work, parallel);
   const E* product = static_cast<const E*>(p.product);
   E* dx = static_cast<E*>(p.dx);
   run(parallel, row_tasks(p.total), [&](int64_t task) {
-    const int64_t first = task * ROWS_PER_TASK, here = at_most(ROWS_PER_TASK, p.total - first);
-    alignas(64) A ds[ROWS_PER_TASK * 256], factors[ROWS_PER_TASK * BLOCK_COLS];
-    pack_rows(p.ds, first, here, p.rank, p.rank, ds);
+    const typename P::Session session;
+    const int64_t first = task * BLOCK_ROWS, here = at_most(BLOCK_ROWS, p.total - first);
+    alignas(64) Packed ds[BLOCK_ROWS * MAX_RANK];
+    alignas(64) A factors[BLOCK_ROWS * BLOCK_COLS];
+    P::pack_spread(p.ds, first, here, p.rank, A(1), ds);
     for (int64_t strip = 0; strip < p.width; strip += BLOCK_COLS) {
       const int64_t cols = at_most(BLOCK_COLS, p.width - strip);
       if (p.dropout.below)
         for (int64_t i = 0; i < here; i++)
           dropout_factors(p.dropout, first + i, strip, cols, p.width, factors + i * BLOCK_COLS);
-      spread(ds, p.rank, p.rank, wide + strip, padded, here, cols, [&](int64_t i, int64_t col, int lanes, Vec<A> sum) {
-        const int64_t at = (first + i) * p.width + strip + col;
-        if (product) sum += load_part(product + at, lanes);
-        if (p.dropout.below) sum *= load_part(factors + i * BLOCK_COLS + col, lanes);
-        if (p.accumulate) sum += load_part(dx + at, lanes);
-        store_part(dx + at, sum, lanes);
-      });
+      P::spread(ds, p.rank, wide + P::wide_at(strip, p.rank), p.width, here, cols,
+                [&](int64_t i, int64_t col, int lanes, Vec<A> sum) {
+                  const int64_t at = (first + i) * p.width + strip + col;
+                  if (product) sum += load_part(product + at, lanes);
+                  if (p.dropout.below) sum *= load_part(factors + i * BLOCK_COLS + col, lanes);
+                  if (p.accumulate) sum += load_part(dx + at, lanes);
+                  store_part(dx + at, sum, lanes);
+                });
     }
   });
 }

@@ -162,12 +162,15 @@ Tensor lora_a_backward(const Tensor& x, const Tensor& ds, const Optional& seed, 
   p.rank = ds.size(1);
   want_rank(ds, "ds", p.rank);
   p.ds = thin_of(ds, "ds", element, p.x.total(), p.rank, x);
+  p.adapters = type_of(ds);
   p.dropout = dropout_of(seed, drop_below, keep_scale);
   want(delta.has_value() == mask.has_value(), "mask", mask ? "a tensor" : "None", "one exactly where delta is given");
   p.delta = data_of(delta, "delta", wide, p.x.samples * p.x.width, x);
   p.mask = data_of(mask, "mask", wide, p.x.total(), x);
   const Tensor da = empty(x, {p.rank, p.x.width}, wide);
   p.da = da.data_ptr();
+  const Tensor work = empty(x, {kernels().lora_a_backward_work(p)}, wide);
+  p.work = work.data_ptr();
   kernels().lora_a_backward(p, parallel);
   return da;
 }

@@ -1,4 +1,4 @@
-// Blocks of a strided matrix in the accumulator's type: as it lies, or copied with dropout and the echo applied.
+// Blocks of a strided matrix, copied to the accumulator's type with dropout and the echo applied.
 #pragma once
 
 #include "vector.h"
@@ -6,49 +6,82 @@
 namespace echolora {
 namespace ECHOLORA_ISA {
 
-constexpr int64_t BLOCK_COLS = 256;  // a multiple of the 4 columns that share one random draw
-constexpr int DRAWS = 16;            // counters of Philox at a time: one vector
+// a block of rows, its packed operand and its sums fit the L1 cache together
+constexpr int64_t BLOCK_ROWS = 32;
+constexpr int64_t BLOCK_COLS = 128;  // a multiple of the 4 columns that share one random draw
+constexpr int DRAWS = VECTOR_BYTES / 4;  // counters of Philox at a time: one vector
+constexpr int64_t DRAWN_COLS = 4 * DRAWS;
 
-// Philox4x32 with 7 rounds: words[j][i] is word j of counter first + i. The Triton and CUDA kernels draw the same.
-inline void philox(uint64_t seed, uint64_t first, uint32_t words[4][DRAWS]) {
-  uint32_t c0[DRAWS], c1[DRAWS], c2[DRAWS], c3[DRAWS];
-  for (int i = 0; i < DRAWS; i++) {
-    c0[i] = static_cast<uint32_t>(first + i);
-    c1[i] = static_cast<uint32_t>((first + i) >> 32);
-    c2[i] = c3[i] = 0;
-  }
+typedef uint64_t LongVec __attribute__((vector_size(VECTOR_BYTES)));
+
+// low halves of the 64-bit lanes times a constant
+inline LongVec multiply_low(LongVec a, uint32_t constant) {
+#if defined(__AVX512F__)
+  return (LongVec)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(constant));
+#elif defined(__AVX2__)
+  return (LongVec)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(constant));
+#else
+  return (a & 0xffffffffu) * constant;
+#endif
+}
+
+// lanes of a and b in turn, beginning with lane `half * lanes / 2`
+template <class V>
+inline V interleave(V a, V b, int half) {
+  UintVec order{};
+  for (int i = 0; i < DRAWS; i++) order[i] = (i % 2 ? DRAWS : 0) + i / 2 + half * DRAWS / 2;
+  return __builtin_shuffle(a, b, order);
+}
+
+// One Philox product: high and low 32 bits of every lane of c times a constant.
+inline void philox_product(UintVec c, uint32_t constant, UintVec* high, UintVec* low) {
+  const LongVec even = multiply_low((LongVec)c, constant), odd = multiply_low((LongVec)c >> 32, constant);
+  const LongVec upper = LongVec{} + 0xffffffff00000000u;
+  *high = (UintVec)((even >> 32) | (odd & upper));
+  *low = (UintVec)((even & ~upper) | (odd << 32));
+}
+
+// kept[4 i + j]: 1 where word j of counter first + i, by Philox4x32 with 7 rounds, keeps its element, else 0. The Triton
+// and CUDA kernels draw the same.
+inline void draw(uint64_t seed, uint64_t first, uint32_t below, float* kept) {
+  UintVec c0{}, c1{}, c2{}, c3{};
+  for (int i = 0; i < DRAWS; i++) c0[i] = i;
+  const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
+  c0 += low;
+  c1 += high;
+  c1 -= (UintVec)(c0 < low);  // the carry: a true comparison is -1
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 7; round++) {
-    for (int i = 0; i < DRAWS; i++) {
-      const uint64_t product0 = static_cast<uint64_t>(c0[i]) * 0xD2511F53u;
-      const uint64_t product2 = static_cast<uint64_t>(c2[i]) * 0xCD9E8D57u;
-      c0[i] = static_cast<uint32_t>(product2 >> 32) ^ c1[i] ^ key0;
-      c2[i] = static_cast<uint32_t>(product0 >> 32) ^ c3[i] ^ key1;
-      c1[i] = static_cast<uint32_t>(product2);
-      c3[i] = static_cast<uint32_t>(product0);
-    }
+    UintVec high0, low0, high2, low2;
+    philox_product(c0, 0xD2511F53u, &high0, &low0);
+    philox_product(c2, 0xCD9E8D57u, &high2, &low2);
+    c0 = high2 ^ c1 ^ key0;
+    c2 = high0 ^ c3 ^ key1;
+    c1 = low2;
+    c3 = low0;
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  for (int i = 0; i < DRAWS; i++) words[0][i] = c0[i], words[1][i] = c1[i], words[2][i] = c2[i], words[3][i] = c3[i];
+  const Vec<float> one = splat(1.0f), zero{};
+  const Vec<float> k0 = (c0 >> 8) >= below ? one : zero, k1 = (c1 >> 8) >= below ? one : zero;
+  const Vec<float> k2 = (c2 >> 8) >= below ? one : zero, k3 = (c3 >> 8) >= below ? one : zero;
+  for (int half = 0; half < 2; half++) {
+    const Vec<float> even = interleave(k0, k2, half), odd = interleave(k1, k3, half);
+    for (int quarter = 0; quarter < 2; quarter++)
+      store(kept + (2 * half + quarter) * DRAWS, interleave(even, odd, quarter));
+  }
 }
 
 // factors[i]: what dropout multiplies column first_col + i of row m with, 0 or keep_scale; first_col is a multiple of 4
 template <class A>
 inline void dropout_factors(const Dropout& dropout, int64_t m, int64_t first_col, int64_t cols, int64_t width, A* factors) {
   const uint64_t row = static_cast<uint64_t>(m) * static_cast<uint64_t>((width + 3) / 4);
-  const uint32_t below = static_cast<uint32_t>(dropout.below);
   const A scale = static_cast<A>(dropout.keep_scale);
-  for (int64_t col = 0; col < cols; col += 4 * DRAWS) {
-    uint32_t words[4][DRAWS];
-    philox(dropout.seed, row + static_cast<uint64_t>((first_col + col) / 4), words);
-    const int64_t here = at_most(4 * DRAWS, cols - col);
-    if (here == 4 * DRAWS) {
-      for (int i = 0; i < DRAWS; i++)
-        for (int j = 0; j < 4; j++) factors[col + 4 * i + j] = (words[j][i] >> 8) >= below ? scale : A(0);
-    } else {
-      for (int64_t i = 0; i < here; i++) factors[col + i] = (words[i % 4][i / 4] >> 8) >= below ? scale : A(0);
-    }
+  for (int64_t col = 0; col < cols; col += DRAWN_COLS) {
+    float kept[DRAWN_COLS];
+    draw(dropout.seed, row + static_cast<uint64_t>((first_col + col) / 4), static_cast<uint32_t>(dropout.below), kept);
+    const int64_t here = at_most(DRAWN_COLS, cols - col);
+    for (int64_t i = 0; i < here; i++) factors[col + i] = scale * kept[i];
   }
 }
 
@@ -57,10 +90,15 @@ inline const E* row_start(const Rows& x, int64_t m) {
   return static_cast<const E*>(x.data) + m / x.per_sample * x.stride_n + m % x.per_sample * x.stride_t;
 }
 
-template <class A>
-struct Block {
-  const A* data;
-  int64_t stride;  // between rows
+// The lines that the next block lies in, asked for one by one while this one is computed with.
+struct Ahead {
+  const char* rows[BLOCK_ROWS];
+  int64_t at = 0, count = 0;
+  int shift = 0;  // a row has 1 << shift lines
+  void touch() {
+    if (at < count) __builtin_prefetch(rows[at >> shift] + (at & ((1 << shift) - 1)) * 64);
+    at++;
+  }
 };
 
 // What is done to the elements of a matrix as they are read.
@@ -71,20 +109,22 @@ struct Reading {
   const A* mask = nullptr;
 };
 
-// rows first .. first + count of columns first_col .. first_col + cols; `scratch` has room for [count, BLOCK_COLS]
+// Copies rows first .. first + count of columns first_col .. first_col + cols to block [count, BLOCK_COLS]. Plain rows
+// are copied too: as they lie, a power of two apart, they would share a few sets of the cache.
 template <class E>
-inline Block<Acc<E>> read_block(const Rows& x, const Reading<Acc<E>>& reading, int64_t first, int64_t count,
-                                int64_t first_col, int64_t cols, Acc<E>* scratch) {
+inline void read_block(const Rows& x, const Reading<Acc<E>>& reading, int64_t first, int64_t count, int64_t first_col,
+                       int64_t cols, Acc<E>* block, Ahead* ahead) {
   using A = Acc<E>;
-  const bool plain = reading.dropout.below == 0 && reading.delta == nullptr;
-  const bool uniform = x.samples == 1 || first / x.per_sample == (first + count - 1) / x.per_sample ||
-                       x.stride_n == x.per_sample * x.stride_t;
-  if constexpr (sizeof(E) == sizeof(A)) {
-    if (plain && uniform && x.stride_w == 1) return {row_start<E>(x, first) + first_col, x.stride_t};
-  }
+  ahead->at = 0;
+  ahead->shift = sizeof(E) == 8 ? 4 : sizeof(E) == 4 ? 3 : 2;
+  static_assert(BLOCK_COLS * 8 == 64 << 4, "lines of a row of doubles");
+  ahead->count = x.stride_w == 1 ? count << ahead->shift : 0;
   for (int64_t i = 0; i < count; i++) {
     const E* from = row_start<E>(x, first + i) + first_col * x.stride_w;
-    A* to = scratch + i * BLOCK_COLS;
+    // what is read next: the same rows further on, or the rows below
+    const E* next = first_col + cols < x.width ? from + cols : row_start<E>(x, at_most(first + i + count, x.total() - 1));
+    ahead->rows[i] = reinterpret_cast<const char*>(next);
+    A* to = block + i * BLOCK_COLS;
     int64_t col = 0;
     if (x.stride_w == 1)
       for (; col + LANES<A> <= cols; col += LANES<A>) store(to + col, load(from + col));
@@ -100,38 +140,44 @@ inline Block<Acc<E>> read_block(const Rows& x, const Reading<Acc<E>>& reading, i
       for (col = 0; col < cols; col++) to[col] += weight * delta[col];
     }
   }
-  return {scratch, BLOCK_COLS};
 }
 
-template <class A>
-inline A read(const Thin& thin, int64_t row, int64_t col) {
-  const int64_t at = row * thin.stride_row + col * thin.stride_col;
+// visit(data) with data of the type that thin has
+template <class Visit>
+inline void with_data(const Thin& thin, const Visit& visit) {
   switch (thin.type) {
-    case Type::f32: return static_cast<A>(static_cast<const float*>(thin.data)[at]);
-    case Type::f64: return static_cast<A>(static_cast<const double*>(thin.data)[at]);
-    case Type::bf16: return static_cast<A>(widen(static_cast<const bf16*>(thin.data)[at]));
-    default: return static_cast<A>(widen(static_cast<const f16*>(thin.data)[at]));
+    case Type::f32: return visit(static_cast<const float*>(thin.data));
+    case Type::f64: return visit(static_cast<const double*>(thin.data));
+    case Type::bf16: return visit(static_cast<const bf16*>(thin.data));
+    default: return visit(static_cast<const f16*>(thin.data));
   }
 }
 
-// packed[i][j] = thin[i, j] for count rows from `first`, padded with zeros to `padded` columns
-template <class A>
-inline void pack_rows(const Thin& thin, int64_t first, int64_t count, int64_t cols, int64_t padded, A* packed) {
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t j = 0; j < padded; j++) packed[i * padded + j] = j < cols ? read<A>(thin, first + i, j) : A(0);
-}
-
-// to[j] = thin[row, first_col + j]
-template <class A>
-inline void read_row(const Thin& thin, int64_t row, int64_t first_col, int64_t cols, A* to) {
-  for (int64_t j = 0; j < cols; j++) to[j] = read<A>(thin, row, first_col + j);
+// put(i, j, thin[first + i, j]) for all i < rows, j < cols, along the side that lies densely
+template <class A, class Put>
+inline void each_element(const Thin& thin, int64_t first, int64_t rows, int64_t cols, const Put& put) {
+  with_data(thin, [&](const auto* data) {
+    data += first * thin.stride_row;
+    if (thin.stride_row == 1) {
+      for (int64_t j = 0; j < cols; j++)
+        for (int64_t i = 0; i < rows; i++) put(i, j, static_cast<A>(widen(data[i + j * thin.stride_col])));
+    } else {
+      for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < cols; j++)
+          put(i, j, static_cast<A>(widen(data[i * thin.stride_row + j * thin.stride_col])));
+    }
+  });
 }
 
 inline Thin transposed(const Thin& thin) { return {thin.data, thin.type, thin.stride_col, thin.stride_row}; }
 
-template <class A>
-inline int64_t padded_rank(int64_t rank) {
-  return round_up(rank, LANES<A>);
+constexpr int64_t MAX_RANK = 256;
+
+// Calls body(task) for every task through `parallel`, which knows nothing of lambdas.
+template <class Body>
+inline void run(Parallel parallel, int64_t tasks, const Body& body) {
+  parallel(tasks, [](int64_t task, void* context) { (*static_cast<const Body*>(context))(task); },
+           const_cast<void*>(static_cast<const void*>(&body)));
 }
 
 }  // namespace ECHOLORA_ISA

@@ -1,12 +1,32 @@
 // Which instruction set this processor has, among those the library was built for.
 #include "dispatch.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 namespace echolora {
 namespace {
+
+// Whether there is a matrix unit for bfloat16, and the kernel lets this process use its registers.
+bool may_use_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if ((edx & AMX_BF16) == 0 || (edx & AMX_TILE) == 0) return false;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+  return false;
+#endif
+}
 
 const Kernels* best() {
   const char* insisted = std::getenv("ECHOLORA_CPU_ISA");
@@ -24,9 +44,10 @@ std::vector<const Kernels*> runnable() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    found.push_back(&avx512::kernels);
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && may_use_amx()) found.push_back(&amx::kernels);
+  if (avx512) found.push_back(&avx512::kernels);
   if (avx2) found.push_back(&avx2::kernels);
 #endif
   found.push_back(&baseline::kernels);

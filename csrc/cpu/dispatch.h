@@ -7,6 +7,9 @@
 
 namespace echolora {
 
+namespace amx {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }

@@ -6,28 +6,25 @@
 namespace echolora {
 namespace ECHOLORA_ISA {
 
-constexpr int64_t ROWS_PER_TASK = 32;
+inline int64_t row_tasks(int64_t rows) { return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+inline int64_t col_tasks(int64_t cols) { return (cols + BLOCK_COLS - 1) / BLOCK_COLS; }
 
-inline int64_t row_tasks(int64_t rows) { return (rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK; }
-
-// Calls body(task) for every task through `parallel`, which knows nothing of lambdas.
-template <class Body>
-inline void run(Parallel parallel, int64_t tasks, const Body& body) {
-  parallel(tasks, [](int64_t task, void* context) { (*static_cast<const Body*>(context))(task); },
-           const_cast<void*>(static_cast<const void*>(&body)));
+// An adapter [width, rank] as `gather_rows` takes it.
+template <class P>
+inline void pack_all(const Thin& thin, int64_t width, int64_t rank, const void* factor, void* packed, Parallel parallel) {
+  const int64_t padded = P::padded_rank(rank);
+  run(parallel, col_tasks(width), [&](int64_t task) {
+    const int64_t first = task * BLOCK_COLS, here = at_most(BLOCK_COLS, width - first);
+    P::pack(thin, first, here, rank, padded, static_cast<const typename P::A*>(factor),
+            static_cast<typename P::Packed*>(packed) + first * padded);
+  });
 }
 
-// packed[j][i] = thin[i, j] * factor[j]: cols rows of `padded` accumulators, in tasks of BLOCK_COLS rows
-template <class A>
-inline void pack_columns(const Thin& thin, int64_t count, int64_t cols, int64_t padded, const A* factor, A* packed,
-                         Parallel parallel) {
-  const Thin flipped = transposed(thin);
-  run(parallel, (cols + BLOCK_COLS - 1) / BLOCK_COLS, [&](int64_t task) {
-    const int64_t first = task * BLOCK_COLS, here = at_most(BLOCK_COLS, cols - first);
-    pack_rows(flipped, first, here, count, padded, packed + first * padded);
-    if (factor)
-      for (int64_t i = 0; i < here; i++)
-        for (int64_t j = 0; j < count; j++) packed[(first + i) * padded + j] *= factor[first + i];
+// An adapter [width, rank] as `spread` takes it.
+template <class P>
+inline void pack_wide_all(const Thin& thin, int64_t width, int64_t rank, void* wide, Parallel parallel) {
+  run(parallel, col_tasks(width), [&](int64_t task) {
+    P::pack_wide(thin, task * BLOCK_COLS, width, rank, static_cast<typename P::Packed*>(wide));
   });
 }
 
@@ -41,28 +38,32 @@ inline void write_thin(void* out, Type type, int64_t at, A value) {
   }
 }
 
-template <class E>
+template <class P>
 int64_t shrink_work(const Shrink& p) {
-  return p.x.width * padded_rank<Acc<E>>(p.rank);
+  return P::packed_size(p.x.width, p.rank);
 }
 
-template <class E>
+template <class P>
 void shrink(const Shrink& p, Parallel parallel) {
-  using A = Acc<E>;
-  const int64_t rows = p.x.total(), padded = padded_rank<A>(p.rank);
-  A* packed = static_cast<A*>(p.work);
-  pack_columns(p.a, p.rank, p.x.width, padded, static_cast<const A*>(p.gain), packed, parallel);
+  using A = typename P::A;
+  using Packed = typename P::Packed;
+  const int64_t rows = p.x.total(), padded = P::padded_rank(p.rank);
+  const Packed* packed = static_cast<const Packed*>(p.work);
+  pack_all<P>(transposed(p.a), p.x.width, p.rank, p.gain, p.work, parallel);
   Reading<A> reading{p.dropout};
   if (p.site == Site::adapter_input) reading.delta = static_cast<const A*>(p.delta);
   reading.mask = static_cast<const A*>(p.mask);
   run(parallel, row_tasks(rows), [&](int64_t task) {
-    const int64_t first = task * ROWS_PER_TASK, here = at_most(ROWS_PER_TASK, rows - first);
-    alignas(64) A scratch[ROWS_PER_TASK * BLOCK_COLS], sums[ROWS_PER_TASK * 256];
-    for (int64_t i = 0; i < here * padded; i++) sums[i] = 0;
+    const typename P::Session session;
+    const int64_t first = task * BLOCK_ROWS, here = at_most(BLOCK_ROWS, rows - first);
+    Ahead ahead;
+    alignas(64) Packed block[BLOCK_ROWS * BLOCK_COLS];
+    alignas(64) A sums[BLOCK_ROWS * MAX_RANK];
+    std::memset(sums, 0, sizeof(A) * BLOCK_ROWS * padded);
     for (int64_t col = 0; col < p.x.width; col += BLOCK_COLS) {
       const int64_t cols = at_most(BLOCK_COLS, p.x.width - col);
-      const Block<A> block = read_block<E>(p.x, reading, first, here, col, cols, scratch);
-      gather<A>(block.data, block.stride, 1, here, packed + col * padded, padded, cols, sums);
+      P::read(p.x, reading, first, here, col, cols, block, &ahead);
+      P::gather_rows(block, here, cols, packed + col * padded, padded, sums, &ahead);
     }
     for (int64_t i = 0; i < here; i++) {
       const int64_t m = first + i;
@@ -76,44 +77,36 @@ void shrink(const Shrink& p, Parallel parallel) {
   });
 }
 
-template <class E>
+template <class P>
 int64_t linear_epilogue_work(const LinearEpilogue& p) {
-  return p.rank * round_up(p.width, SPREAD_COLS<Acc<E>>);
+  return P::wide_size(p.rank, p.width);
 }
 
-// wide[r][n] = thin[n, r], padded to whole strips of `spread`
-template <class A>
-inline void pack_wide(const Thin& thin, int64_t rank, int64_t cols, A* wide, Parallel parallel) {
-  const int64_t padded = round_up(cols, SPREAD_COLS<A>);
-  run(parallel, (padded + BLOCK_COLS - 1) / BLOCK_COLS, [&](int64_t task) {
-    const int64_t first = task * BLOCK_COLS, last = at_most(first + BLOCK_COLS, padded);
-    for (int64_t r = 0; r < rank; r++)
-      for (int64_t n = first; n < last; n++) wide[r * padded + n] = n < cols ? read<A>(thin, n, r) : A(0);
-  });
-}
-
-template <class E>
+template <class P>
 void linear_epilogue(const LinearEpilogue& p, Parallel parallel) {
-  using A = Acc<E>;
-  const int64_t rows = p.samples * p.per_sample, padded = round_up(p.width, SPREAD_COLS<A>);
-  A* wide = static_cast<A*>(p.work);
-  pack_wide(p.b, p.rank, p.width, wide, parallel);
+  using A = typename P::A;
+  using E = typename P::Element;
+  using Packed = typename P::Packed;
+  const int64_t rows = p.samples * p.per_sample;
+  const Packed* wide = static_cast<const Packed*>(p.work);
+  pack_wide_all<P>(p.b, p.width, p.rank, p.work, parallel);
   const A *gain = static_cast<const A*>(p.gain), *bias = static_cast<const A*>(p.bias);
   const A *delta = static_cast<const A*>(p.delta), *mask = static_cast<const A*>(p.mask);
   E *y = static_cast<E*>(p.y), *z = static_cast<E*>(p.z);
   const E* base = static_cast<const E*>(p.base);
   const bool plain = !gain && !bias && !delta && !z;
   run(parallel, row_tasks(rows), [&](int64_t task) {
-    const int64_t first = task * ROWS_PER_TASK, here = at_most(ROWS_PER_TASK, rows - first);
-    alignas(64) A s[ROWS_PER_TASK * 256];
-    pack_rows(p.s, first, here, p.rank, p.rank, s);
+    const typename P::Session session;
+    const int64_t first = task * BLOCK_ROWS, here = at_most(BLOCK_ROWS, rows - first);
+    alignas(64) Packed s[BLOCK_ROWS * MAX_RANK];
+    P::pack_spread(p.s, first, here, p.rank, A(1), s);
     if (plain) {
-      spread(s, p.rank, p.rank, wide, padded, here, p.width, [&](int64_t i, int64_t col, int lanes, Vec<A> sum) {
+      P::spread(s, p.rank, wide, p.width, here, p.width, [&](int64_t i, int64_t col, int lanes, Vec<A> sum) {
         store_part(y + (first + i) * p.width + col, sum, lanes);
       });
       return;
     }
-    spread(s, p.rank, p.rank, wide, padded, here, p.width, [&](int64_t i, int64_t col, int lanes, Vec<A> sum) {
+    P::spread(s, p.rank, wide, p.width, here, p.width, [&](int64_t i, int64_t col, int lanes, Vec<A> sum) {
       const int64_t m = first + i, at = m * p.width + col;
       Vec<A> product{};
       if (z) {
@@ -130,29 +123,31 @@ void linear_epilogue(const LinearEpilogue& p, Parallel parallel) {
   });
 }
 
-template <class A>
+template <class P>
 int64_t dora_norm_work(const DoraNorm& p) {
-  return p.rank * round_up(p.d_in, SPREAD_COLS<A>);
+  return P::wide_size(p.rank, p.d_in);
 }
 
-template <class A>
+template <class P>
 void dora_norm(const DoraNorm& p, Parallel parallel) {
-  A* wide = static_cast<A*>(p.work);
-  pack_wide(transposed(p.a), p.rank, p.d_in, wide, parallel);
-  const int64_t padded = round_up(p.d_in, SPREAD_COLS<A>);
+  using A = typename P::A;
+  const A* wide = static_cast<const A*>(p.work);
+  pack_wide_all<P>(transposed(p.a), p.d_in, p.rank, p.work, parallel);
   run(parallel, row_tasks(p.d_out), [&](int64_t task) {
-    const int64_t first = task * ROWS_PER_TASK, here = at_most(ROWS_PER_TASK, p.d_out - first);
-    alignas(64) A b[ROWS_PER_TASK * 256], weight[ROWS_PER_TASK * BLOCK_COLS];
-    Vec<A> squares[ROWS_PER_TASK] = {};
-    pack_rows(p.b, first, here, p.rank, p.rank, b);
-    for (int64_t i = 0; i < here * p.rank; i++) b[i] *= static_cast<A>(p.scaling);
+    const int64_t first = task * BLOCK_ROWS, here = at_most(BLOCK_ROWS, p.d_out - first);
+    alignas(64) A b[BLOCK_ROWS * MAX_RANK], weight[BLOCK_ROWS * BLOCK_COLS];
+    Vec<A> squares[BLOCK_ROWS] = {};
+    P::pack_spread(p.b, first, here, p.rank, static_cast<A>(p.scaling), b);
     for (int64_t col = 0; col < p.d_in; col += BLOCK_COLS) {
       const int64_t cols = at_most(BLOCK_COLS, p.d_in - col);
-      for (int64_t i = 0; i < here; i++) read_row(p.weight, first + i, col, cols, weight + i * BLOCK_COLS);
-      spread(b, p.rank, p.rank, wide + col, padded, here, cols, [&](int64_t i, int64_t at, int lanes, Vec<A> sum) {
-        sum += load_part(weight + i * BLOCK_COLS + at, lanes);
-        squares[i] += sum * sum;  // the lanes past the last column hold zeros
-      });
+      Thin strip = p.weight;
+      with_data(strip, [&](const auto* data) { strip.data = data + col * strip.stride_col; });
+      each_element<A>(strip, first, here, cols, [&](int64_t i, int64_t j, A value) { weight[i * BLOCK_COLS + j] = value; });
+      P::spread(b, p.rank, wide + P::wide_at(col, p.rank), p.d_in, here, cols,
+                [&](int64_t i, int64_t at, int lanes, Vec<A> sum) {
+                  sum += load_part(weight + i * BLOCK_COLS + at, lanes);
+                  squares[i] += sum * sum;  // the lanes past the last column hold zeros
+                });
     }
     for (int64_t i = 0; i < here; i++) {
       const A norm = square_root(sum_lanes<A>(squares[i])), floor = static_cast<A>(p.floor);
@@ -169,14 +164,16 @@ void drop(const Drop& p, Parallel parallel) {
   const int64_t rows = p.x.total();
   const Reading<A> reading{p.dropout};
   run(parallel, row_tasks(rows), [&](int64_t task) {
-    const int64_t first = task * ROWS_PER_TASK, here = at_most(ROWS_PER_TASK, rows - first);
-    alignas(64) A scratch[ROWS_PER_TASK * BLOCK_COLS];
+    const int64_t first = task * BLOCK_ROWS, here = at_most(BLOCK_ROWS, rows - first);
+    Ahead ahead;
+    alignas(64) A block[BLOCK_ROWS * BLOCK_COLS];
     for (int64_t col = 0; col < p.x.width; col += BLOCK_COLS) {
       const int64_t cols = at_most(BLOCK_COLS, p.x.width - col);
-      const Block<A> block = read_block<E>(p.x, reading, first, here, col, cols, scratch);
+      read_block<E>(p.x, reading, first, here, col, cols, block, &ahead);
       for (int64_t i = 0; i < here; i++)
-        for (int64_t j = 0; j < cols; j++)
-          narrow(block.data[i * block.stride + j], static_cast<E*>(p.out) + (first + i) * p.x.width + col + j);
+        for (int64_t j = 0; j < cols; j += LANES<A>)
+          store_part(static_cast<E*>(p.out) + (first + i) * p.x.width + col + j, load(block + i * BLOCK_COLS + j),
+                     static_cast<int>(at_most(LANES<A>, cols - j)));
     }
   });
 }

@@ -1,44 +1,55 @@
 // The CPU kernels as one instruction set has them; built once for each, with ECHOLORA_ISA as its name.
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 #include "backward.h"
 
 namespace echolora {
 namespace ECHOLORA_ISA {
 
-// visit(E{}) with the element type that `type` names
+// for bfloat16 with bfloat16 adapters
+#if defined(__AMX_BF16__)
+using HalfProducts = Amx;
+#else
+using HalfProducts = Vectors<bf16>;
+#endif
+
+// visit(P{}) with the products for elements of `type` and adapters of `thin`
 template <class Visit>
-inline auto with_element(Type type, const Visit& visit) {
+inline auto with_products(Type type, Type thin, const Visit& visit) {
   switch (type) {
-    case Type::f32: return visit(float{});
-    case Type::f64: return visit(double{});
-    case Type::bf16: return visit(bf16{});
-    default: return visit(f16{});
+    case Type::f32: return visit(Vectors<float>{});
+    case Type::f64: return visit(Vectors<double>{});
+    case Type::bf16: return thin == Type::bf16 ? visit(HalfProducts{}) : visit(Vectors<bf16>{});
+    default: return visit(Vectors<f16>{});
   }
 }
 
-#define ECHOLORA_BY_ELEMENT(result, kernel, Arguments, type)                                    \
-  result kernel##_any(const Arguments& p) {                                                     \
-    return with_element(type, [&](auto element) { return kernel<decltype(element)>(p); });      \
+#define ECHOLORA_BY_TYPES(result, kernel, Arguments, type, thin)                             \
+  result kernel##_any(const Arguments& p) {                                                  \
+    return with_products(type, thin, [&](auto with) { return kernel<decltype(with)>(p); });  \
   }
-#define ECHOLORA_RUN_BY_ELEMENT(kernel, Arguments, type)                                        \
-  void kernel##_any(const Arguments& p, Parallel parallel) {                                    \
-    with_element(type, [&](auto element) { kernel<decltype(element)>(p, parallel); });          \
+#define ECHOLORA_RUN_BY_TYPES(kernel, Arguments, type, thin)                                 \
+  ECHOLORA_BY_TYPES(int64_t, kernel##_work, Arguments, type, thin)                           \
+  void kernel##_any(const Arguments& p, Parallel parallel) {                                 \
+    with_products(type, thin, [&](auto with) { kernel<decltype(with)>(p, parallel); });      \
   }
 
 namespace {
-ECHOLORA_BY_ELEMENT(int64_t, shrink_work, Shrink, p.x.type)
-ECHOLORA_RUN_BY_ELEMENT(shrink, Shrink, p.x.type)
-ECHOLORA_BY_ELEMENT(int64_t, linear_epilogue_work, LinearEpilogue, p.type)
-ECHOLORA_RUN_BY_ELEMENT(linear_epilogue, LinearEpilogue, p.type)
-ECHOLORA_BY_ELEMENT(int64_t, adapter_backward_work, AdapterBackward, p.dy.type)
-ECHOLORA_RUN_BY_ELEMENT(adapter_backward, AdapterBackward, p.dy.type)
-ECHOLORA_RUN_BY_ELEMENT(lora_a_backward, LoraABackward, p.x.type)
-ECHOLORA_BY_ELEMENT(int64_t, input_epilogue_work, InputEpilogue, p.type)
-ECHOLORA_RUN_BY_ELEMENT(input_epilogue, InputEpilogue, p.type)
-ECHOLORA_RUN_BY_ELEMENT(drop, Drop, p.x.type)
+ECHOLORA_RUN_BY_TYPES(shrink, Shrink, p.x.type, p.a.type)
+ECHOLORA_RUN_BY_TYPES(linear_epilogue, LinearEpilogue, p.type, p.b.type)
+ECHOLORA_RUN_BY_TYPES(adapter_backward, AdapterBackward, p.dy.type, p.b.type)
+ECHOLORA_RUN_BY_TYPES(lora_a_backward, LoraABackward, p.x.type, p.adapters)
+ECHOLORA_RUN_BY_TYPES(input_epilogue, InputEpilogue, p.type, p.a.type)
 
-int64_t dora_norm_work_any(const DoraNorm& p) { return p.wide ? dora_norm_work<double>(p) : dora_norm_work<float>(p); }
+int64_t dora_norm_work_any(const DoraNorm& p) {
+  return p.wide ? dora_norm_work<Vectors<double>>(p) : dora_norm_work<Vectors<float>>(p);
+}
 void dora_norm_any(const DoraNorm& p, Parallel parallel) {
-  p.wide ? dora_norm<double>(p, parallel) : dora_norm<float>(p, parallel);
+  p.wide ? dora_norm<Vectors<double>>(p, parallel) : dora_norm<Vectors<float>>(p, parallel);
+}
+void drop_any(const Drop& p, Parallel parallel) {
+  with_products(p.x.type, Type::f32, [&](auto with) { drop<typename decltype(with)::Element>(p, parallel); });
 }
 }  // namespace
 
@@ -47,9 +58,20 @@ void dora_norm_any(const DoraNorm& p, Parallel parallel) {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    ECHOLORA_TEXT(ECHOLORA_ISA), shrink_work_any,          shrink_any,          linear_epilogue_work_any, linear_epilogue_any,
-    adapter_backward_work_any,   adapter_backward_any,     lora_a_backward_any, input_epilogue_work_any,  input_epilogue_any,
-    dora_norm_work_any,          dora_norm_any,            drop_any,
+    ECHOLORA_TEXT(ECHOLORA_ISA),
+    shrink_work_any,
+    shrink_any,
+    linear_epilogue_work_any,
+    linear_epilogue_any,
+    adapter_backward_work_any,
+    adapter_backward_any,
+    lora_a_backward_work_any,
+    lora_a_backward_any,
+    input_epilogue_work_any,
+    input_epilogue_any,
+    dora_norm_work_any,
+    dora_norm_any,
+    drop_any,
 };
 
 }  // namespace ECHOLORA_ISA

@@ -74,11 +74,13 @@ struct AdapterBackward {
 
 struct LoraABackward {
   Rows x;
-  Thin ds;  // [total, rank]
+  Thin ds;        // [total, rank]
+  Type adapters;  // type of A and B
   int64_t rank;
   Dropout dropout;
   const void *delta, *mask;  // [samples, width], [total]
   void* da;                  // [rank, width]
+  void* work;
 };
 
 struct InputEpilogue {
@@ -121,6 +123,7 @@ struct Kernels {
   void (*linear_epilogue)(const LinearEpilogue&, Parallel);
   int64_t (*adapter_backward_work)(const AdapterBackward&);
   void (*adapter_backward)(const AdapterBackward&, Parallel);
+  int64_t (*lora_a_backward_work)(const LoraABackward&);
   void (*lora_a_backward)(const LoraABackward&, Parallel);
   int64_t (*input_epilogue_work)(const InputEpilogue&);
   void (*input_epilogue)(const InputEpilogue&, Parallel);

@@ -1,6 +1,10 @@
 // Vectors of the accumulator's type, as wide as the instruction set this file is built for, and their element types.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -47,7 +51,7 @@ typedef uint16_t HalfBits __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 template <class A>
 inline Vec<A> splat(A value) {
-  return Vec<A>{} + value;
+  return value - Vec<A>{};  // folds into one broadcast, which 0 + value, being wrong for -0, does not
 }
 
 inline float widen(float value) { return value; }
@@ -95,10 +99,14 @@ inline void store(E* to, Vec<Acc<E>> vector) {
 }
 template <>
 inline void store<bf16>(bf16* to, Vec<float> vector) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)vector);
+#else
   const UintVec bits = (UintVec)vector;
   UintVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   rounded = vector == vector ? rounded : UintVec{} + 0x7fc0;
   const HalfBits half = __builtin_convertvector(rounded, HalfBits);
+#endif
   std::memcpy(to, &half, sizeof(half));
 }
 template <>
