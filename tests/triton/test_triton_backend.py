@@ -10,6 +10,7 @@ from triton_cases import DEVICE, make
 from echolora_kernels import backends
 from echolora_kernels.errors import BackendUnavailable
 from echolora_kernels.functional import echo_lora_linear
+from echolora_kernels.ops.echo_lora_linear import reference
 
 
 def in_a_new_process(code, **environment):
@@ -18,9 +19,9 @@ def in_a_new_process(code, **environment):
 
 def test_chosen_for_gpu_tensors_only(monkeypatch):
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
-    name = lambda device: backends.choose("echo_lora_linear", None, device).__module__.rsplit(".", 1)[-1]  # noqa: E731
-    assert name(torch.device("cuda")) == "autograd"
-    assert name(torch.device("cpu")) == name(None) == "reference"
+    chosen = lambda device: backends.choose("echo_lora_linear", None, device)  # noqa: E731
+    assert chosen(torch.device("cuda")).keywords == {"backend": "triton"}
+    assert chosen(torch.device("cpu")) is chosen(None) is reference.echo_lora_linear
     assert backends.choose("echo_network", None, torch.device("cuda")).__module__.endswith("reference")
 
 

@@ -7,7 +7,7 @@ import torch
 from triton_cases import SEED, SITES, make
 
 from echolora_kernels.ops.echo_lora_linear import operators
-from echolora_kernels.ops.echo_lora_linear.launch import Dropout
+from echolora_kernels.ops.echo_lora_linear.dropout import Dropout
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def test_operators_pass_opcheck(site, dora, p):
         tensor.requires_grad_(name != "weight")
     seed = Dropout.draw(p, case.x.device).seed
     arguments = (case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.magnitude, case.delta, case.mask, seed)
-    rest = (site or "output", case.scaling, p, "exact", dora)
+    rest = ("triton", site or "output", case.scaling, p, "exact", dora)
     torch.library.opcheck(operators.forward_operator, (*arguments, *rest))
 
 

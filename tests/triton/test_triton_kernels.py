@@ -9,7 +9,8 @@ from echolora_kernels.functional import echo_lora_linear
 from echolora_kernels.ops.dora_norm import reference as norm_reference
 from echolora_kernels.ops.dora_norm.triton_norm import dora_norm
 from echolora_kernels.ops.echo_lora_linear import configs
-from echolora_kernels.ops.echo_lora_linear.launch import Dropout, as_rows, one_sample
+from echolora_kernels.ops.echo_lora_linear.dropout import Dropout
+from echolora_kernels.ops.echo_lora_linear.rows import as_rows, one_sample
 from echolora_kernels.ops.echo_lora_linear.triton_backward_launch import (
     adapter_backward,
     input_backward,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from echolora_kernels import Echo
 from echolora_kernels.functional import echo_lora_linear
 from echolora_kernels.ops.echo_lora_linear import reference
-from echolora_kernels.ops.echo_lora_linear.launch import Dropout
+from echolora_kernels.ops.echo_lora_linear.dropout import Dropout
 from echolora_kernels.ops.echo_lora_linear.triton_forward import shrink
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
