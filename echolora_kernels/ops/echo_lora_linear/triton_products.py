@@ -127,7 +127,7 @@ def _add_product(dx: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, gain:
 def _candidate(
     product: str, rows: torch.Tensor, weight: torch.Tensor, rank: int, gain: torch.Tensor | None, dropout: Dropout
 ) -> str:
-    insist, folder = candidates.from_environment()
+    insist, folder = candidates.from_environment(product)
     problem = Problem(
         product=product,
         m=Rows.of(rows).total,
