@@ -15,11 +15,13 @@ def _no_stale_graphs():
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize(("dtype", "lora_dtype"), [(torch.float64, torch.float64), (torch.float16, torch.float32)])
 @pytest.mark.parametrize(
     ("site", "dora", "p"), [(None, False, 0.0), ("output", True, 0.3), ("adapter_input", False, 0.3)]
 )
-def test_operators_pass_opcheck(backend, site, dora, p):
-    case = make(backend, n=2, t=3, d_in=5, d_out=6, site=site, dora=dora, p=p)
+def test_operators_pass_opcheck(backend, site, dora, p, dtype, lora_dtype):
+    case = make(backend, n=2, t=3, d_in=5, d_out=6, site=site, dora=dora, p=p, dtype=lora_dtype)
+    case = replace(case, **{name: getattr(case, name).to(dtype) for name in ("x", "weight", "bias")})
     for name, tensor in case.tensors().items():
         tensor.requires_grad_(name != "weight")
     seed = Dropout.draw(p, case.x.device).seed

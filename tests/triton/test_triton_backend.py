@@ -48,3 +48,5 @@ def test_bfloat16_is_refused_by_the_interpreter():
         pytest.skip("there is a GPU")
     with pytest.raises(BackendUnavailable, match="bfloat16"):
         make(dtype=torch.bfloat16).call("triton")
+    with pytest.raises(BackendUnavailable, match="bfloat16"), torch.autocast("cpu", torch.bfloat16):
+        make(dtype=torch.float32).call("triton")

@@ -116,8 +116,8 @@ def echo_lora_linear(
     """
     only = Projection(weight, bias, lora_a, lora_b, scaling, magnitude, echo)
     check_group(x, [only], dropout_p, dora_dropout)
-    check_limits(backend, x, only, dropout_p, dora_dropout)
     x, (weight,) = under_autocast(x, [weight])
+    check_limits(backend, x, only, dropout_p, dora_dropout)
     return apply(backend, x, weight, only, Dropout.draw(dropout_p, x.device, dora_dropout))
 
 
@@ -142,7 +142,7 @@ def under_autocast(x: torch.Tensor, weights: list[torch.Tensor]) -> tuple[torch.
 
 
 def check_limits(backend: str, x: torch.Tensor, p: Projection, dropout_p: float, dora_dropout: str) -> None:
-    """Raise where these kernels cannot compute what `check_arguments` lets through."""
+    """Raise where these kernels cannot compute what `check_arguments` lets through; x is as they will see it."""
     kernels = load(backend)
     kernels.want_runnable(x)
     if x.dtype not in DTYPES:

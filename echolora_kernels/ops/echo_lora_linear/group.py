@@ -168,9 +168,9 @@ def echo_lora_linear_group(
     traces, are computed one by one with one dropout mask.
     """
     check_group(x, projections, dropout_p, dora_dropout)
+    x, weights = under_autocast(x, [p.weight for p in projections])
     for p in projections:
         check_limits(backend, x, p, dropout_p, dora_dropout)
-    x, weights = under_autocast(x, [p.weight for p in projections])
     dropout = Dropout.draw(dropout_p, x.device, dora_dropout)
     masks = {id(p.echo.mask) for p in projections if p.echo is not None and p.echo.site != "output"}
     most = load(backend).max_rank
