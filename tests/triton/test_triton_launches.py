@@ -1,8 +1,11 @@
 """How often the kernels are launched: a fusion that falls apart shows here."""
 
 import pytest
+import torch
 from linear_cases import SITES
 from triton_cases import make
+
+from echolora_kernels.ops.echo_lora_linear import launch, triton_backward_launch
 
 FORWARD = ["shrink_fwd_kernel", "linear_fwd_kernel"]
 BACKWARD = ["adapter_bwd_kernel", "lora_a_bwd_kernel", "input_bwd_kernel"]
@@ -45,3 +48,16 @@ def test_a_thick_adapter_reads_the_gradient_twice(launches):
 def test_nothing_is_launched_for_an_empty_batch(launches):
     make(n=0).results("triton")
     assert launches == []
+
+
+def test_the_matrix_instructions_see_ds_in_the_dtype_of_x(monkeypatch):
+    """It is summed in float32, in which they are slower."""
+    seen = {}
+
+    def record(kernel, grid, device, tile, **arguments):
+        seen[kernel.fn.__name__] = arguments["ds"].dtype
+        launch.run(kernel, grid, device, tile, **arguments)
+
+    monkeypatch.setattr(triton_backward_launch, "run", record)
+    make(dtype=torch.float16).results("triton")
+    assert seen == dict(zip(BACKWARD, (torch.float32, torch.float16, torch.float16), strict=True))

@@ -135,9 +135,10 @@ def apply(backend: str, x: torch.Tensor, weight: torch.Tensor, p: Projection, dr
 
 def under_autocast(x: torch.Tensor, weights: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """x and the weights in autocast's dtype where autocast is on."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x, weights
-    dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), [weight.to(dtype) for weight in weights]
 
 
