@@ -56,16 +56,24 @@ def _why_no_triton() -> str | None:
     return None
 
 
-def _triton_echo_lora_linear() -> Callable:
+def _echo_lora_linear_by(backend: str) -> Callable:
     from .ops.echo_lora_linear.autograd import echo_lora_linear
 
-    return echo_lora_linear
+    return functools.partial(echo_lora_linear, backend=backend)
 
 
-def _triton_echo_lora_linear_group() -> Callable:
-    from .ops.echo_lora_linear.triton_group import echo_lora_linear_group
+def _echo_lora_linear_group_by(backend: str) -> Callable:
+    from .ops.echo_lora_linear.group import echo_lora_linear_group
 
-    return echo_lora_linear_group
+    return functools.partial(echo_lora_linear_group, backend=backend)
+
+
+def _by_kernels(backend: str) -> dict[str, Callable[[], Callable]]:
+    """The operators that any set of kernels serves; see `ops.echo_lora_linear.kernels`."""
+    return {
+        "echo_lora_linear": functools.partial(_echo_lora_linear_by, backend),
+        "echo_lora_linear_group": functools.partial(_echo_lora_linear_group_by, backend),
+    }
 
 
 def _reference_echo_lora_linear() -> Callable:
@@ -96,10 +104,7 @@ def _reference_echo_distillation() -> Callable:
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="triton",
-        operators={
-            "echo_lora_linear": _triton_echo_lora_linear,
-            "echo_lora_linear_group": _triton_echo_lora_linear_group,
-        },
+        operators=_by_kernels("triton"),
         why_unavailable=_why_no_triton,
         preferred_on=("cuda",),
     ),

@@ -49,7 +49,7 @@ def test_unknown_name(from_environment, monkeypatch, put_first):
     put_first(marked("fast"))
     if from_environment:
         monkeypatch.setenv("ECHOLORA_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match=r"^backend: got 'nonsense', wants one of 'fast', 'triton', 'reference'"):
+    with pytest.raises(ValueError, match=r"^backend: got 'nonsense', wants one of 'fast', 'triton', .*'reference'$"):
         backends.choose("echo_lora_linear", None if from_environment else "nonsense")
 
 
@@ -100,7 +100,7 @@ def test_nothing_can_run(monkeypatch):
 def test_availability(put_first):
     put_first(marked("fast", "there is no such device"))
     found = backends.availability()
-    assert list(found) == ["fast", "triton", "reference"]
+    assert list(found) == [backend.name for backend in backends.BACKENDS]
     assert (found["fast"], found["reference"]) == ("there is no such device", "available")
 
 

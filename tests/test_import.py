@@ -36,9 +36,13 @@ import torch, echolora_kernels as e
 from echolora_kernels.integrations.adapters import adapted_linears
 assert len(adapted_linears(torch.nn.Sequential(e.EchoLoRALinear(4, 3, r=2)))) == 1
 """
+# what a backend without Triton builds on
+KERNELS = """
+from echolora_kernels.ops.echo_lora_linear import autograd, group, kernels, operators
+"""
 
 
-@pytest.mark.parametrize("body", [CORE, LAYERS, METHOD], ids=["import", "layers", "method"])
+@pytest.mark.parametrize("body", [CORE, LAYERS, METHOD, KERNELS], ids=["import", "layers", "method", "kernels"])
 def test_needs_torch_alone(body):
     program = PROGRAM.format(extras=EXTRAS, body=body)
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from echolora_kernels.ops.dora_norm import triton_norm
 from echolora_kernels.ops.echo_lora_linear import configs, triton_backward_launch, triton_descriptors, triton_forward
-from echolora_kernels.ops.echo_lora_linear.launch import Dropout
+from echolora_kernels.ops.echo_lora_linear.dropout import Dropout
 
 SHARED_LIMIT = {
     "sm_80": 166912,

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import assert_equal_up_to_rounding, error_ratios, make, reference_results
+from linear_cases import assert_equal_up_to_rounding, error_ratios
+from triton_cases import make, reference_results
 
 from echolora_kernels.ops.echo_lora_linear import candidates
-from echolora_kernels.ops.echo_lora_linear.candidates import Entry, Problem, choose, possible, table_for
+from echolora_kernels.ops.echo_lora_linear.candidates import Entry, Problem, choose, parse, possible, table_for
 
 LLAMA = Problem("forward", 8192, 4096, 4096, 16, "bfloat16", "sm_90")
 FORCED = {
@@ -140,18 +141,73 @@ def test_the_nearest_measurement_decides():
 
 def test_insisting():
     assert choose(LLAMA, (entry(8192, "lora-first"),), "fused").candidate == "fused"
-    with pytest.raises(ValueError, match=r"ECHOLORA_CANDIDATE.*fastest"):
-        choose(LLAMA, (), "fastest")
-    with pytest.raises(ValueError, match=r"accumulate.*fused, lora-first"):
+    with pytest.raises(ValueError, match=r"ECHOLORA_CANDIDATE.*accumulate.*fused, lora-first"):
         choose(LLAMA, (), "accumulate")
 
 
-def test_the_environment_insists(monkeypatch):
-    monkeypatch.setenv("ECHOLORA_CANDIDATE", "lora-first")
-    case = make()
+@pytest.mark.parametrize(("text", "found"), [
+    ("", {}),
+    ("fused", {"forward": "fused", "input-gradient": "fused"}),
+    ("forward=accumulate", {"forward": "accumulate"}),
+    ("input-gradient=fused", {"input-gradient": "fused"}),
+    ("forward=accumulate, input-gradient=lora-first", {"forward": "accumulate", "input-gradient": "lora-first"}),
+])  # fmt: skip
+def test_what_the_variable_may_say(text, found):
+    assert parse(text) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fastest",
+        "lora-first",
+        "accumulate",
+        "forward",
+        "forward=",
+        "forward=fastest",
+        "backward=fused",
+        "input-gradient=accumulate",
+        "forward=fused,",
+        ",",
+        "forward=fused,forward=lora-first",
+        "forward:fused",
+    ],
+)
+def test_anything_else_is_refused_at_the_first_product(text, monkeypatch):
+    wants = r"wants 'fused', or one or both of forward=fused\|lora-first\|accumulate; input-gradient=fused\|lora-first"
+    monkeypatch.setenv("ECHOLORA_CANDIDATE", text)
+    with pytest.raises(ValueError, match=rf"^ECHOLORA_CANDIDATE: got '{text}', {wants}"):
+        make().call("triton")
+
+
+@pytest.mark.parametrize(("dora", "text", "ways"), [
+    (False, "forward=lora-first,input-gradient=lora-first", [("forward", "lora-first"), ("input-gradient", "lora-first")]),
+    (True, "forward=accumulate,input-gradient=lora-first", [("forward", "accumulate"), ("input-gradient", "lora-first")]),
+    (True, "input-gradient=lora-first", [("forward", "fused"), ("input-gradient", "lora-first")]),
+    (True, "fused", [("forward", "fused"), ("input-gradient", "fused")]),
+])  # fmt: skip
+def test_the_environment_insists_on_each_product(monkeypatch, dora, text, ways):
+    taken, original = [], candidates.choose
+
+    def choose(problem, table, insist):
+        choice = original(problem, table, insist)
+        taken.append((problem.product, choice.candidate))
+        return choice
+
+    monkeypatch.setattr(candidates, "choose", choose)
+    monkeypatch.setenv("ECHOLORA_CANDIDATE", text)
+    case = make(dora=dora)
     assert_equal_up_to_rounding(case.results("triton"), case.results("reference"))
-    with pytest.raises(ValueError, match="lora-first"):
-        make(dora=True).results("triton")
+    assert taken == ways
+
+
+def test_what_cannot_be_honoured_is_refused(monkeypatch):
+    monkeypatch.setenv("ECHOLORA_CANDIDATE", "forward=lora-first")
+    with pytest.raises(ValueError, match="got 'lora-first', wants one of fused, accumulate for"):
+        make(dora=True).call("triton")
+    monkeypatch.setenv("ECHOLORA_CANDIDATE", "input-gradient=lora-first")
+    with pytest.raises(ValueError, match="got 'lora-first', wants one of fused for"):
+        make(dora=True, p=0.3).results("triton")
 
 
 def test_tables_are_read_by_device_name(tmp_path):

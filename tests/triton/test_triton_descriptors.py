@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import assert_equal_up_to_rounding, make, reference_results
+from linear_cases import assert_equal_up_to_rounding
+from triton_cases import make, reference_results
 
 from echolora_kernels.ops.echo_lora_linear import configs, triton_descriptors
 from echolora_kernels.ops.echo_lora_linear.configs import Tile

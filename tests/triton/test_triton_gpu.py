@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import SITES, error_ratios, make
+from linear_cases import SITES, error_ratios
+from triton_cases import make
 
 from echolora_kernels.functional import echo_lora_linear
 

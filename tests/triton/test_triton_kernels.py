@@ -4,12 +4,10 @@ import pytest
 import torch
 from triton_cases import DEVICE
 
-from echolora_kernels.errors import BackendUnavailable
-from echolora_kernels.functional import echo_lora_linear
 from echolora_kernels.ops.dora_norm import reference as norm_reference
 from echolora_kernels.ops.dora_norm.triton_norm import dora_norm
 from echolora_kernels.ops.echo_lora_linear import configs
-from echolora_kernels.ops.echo_lora_linear.launch import Dropout, as_rows, one_sample
+from echolora_kernels.ops.echo_lora_linear.dropout import Dropout
 from echolora_kernels.ops.echo_lora_linear.triton_backward_launch import (
     adapter_backward,
     input_backward,
@@ -122,38 +120,3 @@ def test_dora_norm(tile, r):
     norm, gain = dora_norm(w, a, b, S, magnitude, tile=tile)
     close(norm, norm_reference.dora_norm(w, a, b, S))
     close(gain, norm_reference.dora_gain(w, a, b, S, magnitude))
-
-
-def test_dora_norm_takes_float64_where_any_argument_is():
-    w, a, b = draw(D_OUT, D_IN), draw(R, D_IN).float(), draw(D_OUT, R).float()
-    norm, gain = dora_norm(w, a, b, S)
-    assert gain is None and norm.dtype == torch.float64
-    close(norm, norm_reference.dora_norm(w, a, b, S))
-
-
-def test_dropout_rate_and_independence():
-    dropout, other = Dropout.draw(0.25, DEVICE), Dropout.draw(0.25, DEVICE)
-    kept, again = keep(dropout, 256) != 0, keep(other, 256) != 0
-    spread = (0.25 * 0.75 / kept.numel()) ** 0.5
-    assert abs(kept.double().mean().item() - 0.75) < 5 * spread
-    assert abs((kept & again).double().mean().item() - 0.75**2) < 5 * spread
-    for dimension in (0, 1, 2):  # neighbours are independent
-        pairs = kept & kept.roll(1, dimension)
-        assert abs(pairs.double().mean().item() - 0.75**2) < 5 * spread
-
-
-def test_rows_are_views():
-    x = torch.empty(2, 3, 4, 5)
-    assert as_rows(x).shape == (6, 4, 5) and as_rows(x).data_ptr() == x.data_ptr()
-    assert as_rows(torch.empty(5)).shape == (1, 1, 5)
-    assert one_sample(torch.empty(2, 3, 5)).shape == (1, 6, 5)
-    apart = torch.empty(2, 4, 5)[:, :3]
-    assert one_sample(apart) is apart
-
-
-def test_bfloat16_is_refused_by_the_interpreter():
-    if DEVICE.type == "cuda":
-        pytest.skip("there is a GPU")
-    x, w, a, b = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((3, 4), (5, 4), (2, 4), (5, 2)))
-    with pytest.raises(BackendUnavailable, match="bfloat16"):
-        echo_lora_linear(x, w, None, a, b, 1.0, backend="triton")

@@ -10,7 +10,8 @@ import triton.language as tl
 
 from ..echo_lora_linear import configs
 from ..echo_lora_linear.configs import Tile
-from ..echo_lora_linear.launch import accumulator, accumulator_dtype, device_of, input_precision, run
+from ..echo_lora_linear.launch import accumulator, device_of, input_precision, run
+from ..echo_lora_linear.rows import accumulator_dtype
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Triton `echo_lora_linear`: what is saved, which gradients are computed, and the public function."""
+"""`echo_lora_linear` by kernels: what is saved, which gradients are computed, and the public function."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .checks import check_group
-from .configs import MAX_RANK
+from .dropout import Dropout
 from .echo import Echo
-from .launch import Dropout, want_runnable
+from .kernels import load
 from .operators import compiled_echo_lora_linear
-from .passes import ForwardResult, backward_pass, forward_pass
+from .passes import ForwardResult, backward_pass, forward_pass, kinds_of
 from .projection import Projection
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,14 +39,15 @@ class EchoLoRALinearFunction(torch.autograd.Function):
         site: str,
         scaling: float,
         dropout: Dropout,
+        backend: str,
     ) -> torch.Tensor:
         need_x, need_weight, _, need_a, need_b, need_magnitude, need_delta = ctx.needs_input_grad[:7]
         echo = None if delta is None or mask is None else Echo(delta, mask, site)
-        out = forward_pass(x, weight, bias, lora_a, lora_b, magnitude, echo, scaling, dropout, need_magnitude)
+        inputs = (x, weight, bias, lora_a, lora_b, magnitude)
+        out = forward_pass(load(backend), *inputs, echo, scaling, dropout, need_magnitude)
         need_ds = need_x or need_a or (need_delta and site != "output")
-        ctx.site, ctx.scaling, ctx.dropout = site, scaling, (dropout.p, dropout.dora)
-        inputs = (x, weight, bias, lora_a, lora_b, magnitude, delta)
-        ctx.kinds = [None if t is None else (t.shape, t.dtype) for t in inputs]
+        ctx.backend, ctx.site, ctx.scaling, ctx.dropout = backend, site, scaling, (dropout.p, dropout.dora)
+        ctx.kinds = kinds_of((*inputs, delta))
         ctx.save_for_backward(
             x if need_a or need_weight else None,
             weight if need_x else None,
@@ -67,6 +68,7 @@ class EchoLoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, lora_a, lora_b, delta, mask, s, z, norm, gain, seed = ctx.saved_tensors
         gradients = backward_pass(
+            load(ctx.backend),
             dy,
             x,
             weight,
@@ -81,7 +83,7 @@ class EchoLoRALinearFunction(torch.autograd.Function):
             ctx.kinds,
             ctx.needs_input_grad[:7],
         )
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def echo_lora_linear(
@@ -96,58 +98,65 @@ def echo_lora_linear(
     magnitude: torch.Tensor | None = None,
     echo: Echo | None = None,
     dora_dropout: str = "exact",
+    backend: str,
 ) -> torch.Tensor:
-    """Linear layer with a LoRA or DoRA update and an optional echo, by Triton kernels.
+    """Linear layer with a LoRA or DoRA update and an optional echo, by the kernels of `backend`.
 
     See `echolora_kernels.functional.echo_lora_linear` for the formulas, shapes and errors. Beyond those:
 
-    * ranks from 1 to 256; float16, bfloat16, float32 and float64; any strides;
-    * adapters wider than x are cast to x's dtype inside the kernels, sums are kept in float32 (float64 for float64);
-    * scaling and dropout_p are compiled into the kernels, so each new value costs one compilation;
-    * the echo's mask is a constant.
+    * ranks from 1 to the kernels' `max_rank`; float16, bfloat16, float32 and float64; any strides;
+    * sums are kept in float32 (float64 for float64);
+    * the echo's mask is a constant;
+    * "triton": ranks up to 256; adapters wider than x are cast to x's dtype inside the kernels; scaling and dropout_p
+      are compiled into the kernels, so each new value costs one compilation.
 
     Raises:
-        BackendUnavailable: x is on a device that no Triton kernel runs on.
+        BackendUnavailable: x is on a device that these kernels do not run on.
         TypeError, ValueError: an argument does not fit, or asks for a gradient that these kernels do not have.
     """
     only = Projection(weight, bias, lora_a, lora_b, scaling, magnitude, echo)
     check_group(x, [only], dropout_p, dora_dropout)
-    check_limits(x, only, dropout_p, dora_dropout)
     x, (weight,) = under_autocast(x, [weight])
-    return apply(x, weight, only, Dropout.draw(dropout_p, x.device, dora_dropout))
+    check_limits(backend, x, only, dropout_p, dora_dropout)
+    return apply(backend, x, weight, only, Dropout.draw(dropout_p, x.device, dora_dropout))
 
 
-def apply(x: torch.Tensor, weight: torch.Tensor, p: Projection, dropout: Dropout) -> torch.Tensor:
+def apply(backend: str, x: torch.Tensor, weight: torch.Tensor, p: Projection, dropout: Dropout) -> torch.Tensor:
     """y of one projection, `weight` in place of its own: traced, without gradients, or by the autograd Function."""
     if torch.compiler.is_compiling():
-        return compiled_echo_lora_linear(x, weight, p, dropout)
+        return compiled_echo_lora_linear(backend, x, weight, p, dropout)
     if not torch.is_grad_enabled():
         inputs = (x, weight, p.bias, p.lora_a, p.lora_b, p.magnitude, p.echo)
-        return forward_pass(*inputs, p.scaling, dropout, False).y
+        return forward_pass(load(backend), *inputs, p.scaling, dropout, False).y
     delta, mask, site = (None, None, "output") if p.echo is None else (p.echo.delta, p.echo.mask, p.echo.site)
     tensors = (x, weight, p.bias, p.lora_a, p.lora_b, p.magnitude, delta, mask)
-    return EchoLoRALinearFunction.apply(*tensors, site, float(p.scaling), dropout)
+    return EchoLoRALinearFunction.apply(*tensors, site, float(p.scaling), dropout, backend)
 
 
 def under_autocast(x: torch.Tensor, weights: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """x and the weights in autocast's dtype where autocast is on."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x, weights
-    dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), [weight.to(dtype) for weight in weights]
 
 
-def check_limits(x: torch.Tensor, p: Projection, dropout_p: float, dora_dropout: str) -> None:
-    """Raise where these kernels cannot compute what `check_arguments` lets through."""
-    want_runnable(x)
+def check_limits(backend: str, x: torch.Tensor, p: Projection, dropout_p: float, dora_dropout: str) -> None:
+    """Raise where these kernels cannot compute what `check_arguments` lets through; x is as they will see it."""
+    kernels = load(backend)
+    kernels.want_runnable(x)
     if x.dtype not in DTYPES:
         raise TypeError(f"x: got dtype {x.dtype}, wants one of {', '.join(map(str, DTYPES))}")
-    if p.lora_a.shape[0] > MAX_RANK:
-        raise ValueError(f"lora_a: got rank {p.lora_a.shape[0]}, wants at most {MAX_RANK} on the triton backend")
+    rank, most = p.lora_a.shape[0], kernels.max_rank
+    if most is not None and rank > most:
+        raise ValueError(f"lora_a: got rank {rank}, wants at most {most} on the {backend} backend")
     if not torch.is_grad_enabled():
         return
     if p.echo is not None and p.echo.mask.requires_grad:
-        raise ValueError("echo.mask: requires a gradient, wants a constant on the triton backend")
+        raise ValueError(f"echo.mask: requires a gradient, wants a constant on the {backend} backend")
     two_products = p.magnitude is not None and dropout_p > 0 and dora_dropout == "exact"
     if p.weight.requires_grad and two_products:
-        raise ValueError("weight: requires a gradient, wants a frozen one for exact DoRA dropout on the triton backend")
+        raise ValueError(
+            f"weight: requires a gradient, wants a frozen one for exact DoRA dropout on the {backend} backend"
+        )

@@ -17,8 +17,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-CANDIDATES = ("fused", "lora-first", "accumulate")
-PRODUCTS = ("forward", "input-gradient")
+# product -> the candidates that can compute it for some layer
+PRODUCTS = {"forward": ("fused", "lora-first", "accumulate"), "input-gradient": ("fused", "lora-first")}
 CANDIDATE_VARIABLE = "ECHOLORA_CANDIDATE"
 TABLE_VARIABLE = "ECHOLORA_TUNED"
 
@@ -84,12 +84,10 @@ def choose(problem: Problem, table: tuple[Entry, ...] = (), insist: str | None =
     """The candidate for `problem`: the one insisted on, else the nearest measurement's, else the rule's.
 
     Raises:
-        ValueError: the candidate insisted on does not exist or cannot compute this.
+        ValueError: the candidate insisted on cannot compute this.
     """
     can = possible(problem)
     if insist:
-        if insist not in CANDIDATES:
-            raise ValueError(f"{CANDIDATE_VARIABLE}: got {insist!r}, wants one of {', '.join(CANDIDATES)}")
         if insist not in can:
             raise ValueError(f"{CANDIDATE_VARIABLE}: got {insist!r}, wants one of {', '.join(can)} for {problem}")
         return Choice(insist, f"{CANDIDATE_VARIABLE} says so")
@@ -149,11 +147,37 @@ def _entry(path: Path, number: int, row: dict) -> Entry:
         entry = Entry(**{name: row[name] for name in Entry.__dataclass_fields__})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: entry {number}: {error} is missing") from error
-    if entry.product not in PRODUCTS or entry.candidate not in CANDIDATES or min(entry.m, entry.rank) < 1:
+    if entry.candidate not in PRODUCTS.get(entry.product, ()) or min(entry.m, entry.rank) < 1:
         raise ValueError(f"{path}: entry {number}: got {entry}, wants a known product and candidate, and m, rank >= 1")
     return entry
 
 
-def from_environment() -> tuple[str | None, str | None]:
-    """The candidate insisted on and the folder of tables, where the environment names them."""
-    return os.environ.get(CANDIDATE_VARIABLE) or None, os.environ.get(TABLE_VARIABLE) or None
+def from_environment(product: str) -> tuple[str | None, str | None]:
+    """The candidate insisted on for `product` and the folder of tables, where the environment names them.
+
+    Raises:
+        ValueError: the variable is malformed, or names a candidate that can never compute its product.
+    """
+    insisted = parse(os.environ.get(CANDIDATE_VARIABLE, ""))
+    return insisted.get(product), os.environ.get(TABLE_VARIABLE) or None
+
+
+@functools.cache
+def parse(text: str) -> dict[str, str]:
+    """Product -> candidate, of "fused" (for every product), or of "product=candidate" pairs joined by commas.
+
+    Raises:
+        ValueError: it is neither, names a product twice, or a candidate that can never compute its product.
+    """
+    if text == "fused":
+        return dict.fromkeys(PRODUCTS, "fused")
+    found: dict[str, str] = {}
+    for pair in text.split(",") if text else ():
+        product, _, candidate = (part.strip() for part in pair.partition("="))
+        if product in found or candidate not in PRODUCTS.get(product, ()):
+            choices = "; ".join(f"{name}={'|'.join(ways)}" for name, ways in PRODUCTS.items())
+            raise ValueError(
+                f"{CANDIDATE_VARIABLE}: got {text!r}, wants 'fused', or one or both of {choices}, joined by a comma"
+            )
+        found[product] = candidate
+    return found

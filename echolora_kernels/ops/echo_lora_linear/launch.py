@@ -1,10 +1,9 @@
-"""Everything between a tensor and a kernel launch: device guard, strides of rows, precision, partial sums."""
+"""Everything between a tensor and a Triton launch: device guard, constants, precision, partial sums."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,65 +12,7 @@ import triton.language as tl
 from ...backends import interpreting
 from ...errors import BackendUnavailable
 from .configs import Device, Tile
-
-DROP_BITS = 24
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Probability p, the seed as a one-element int64 tensor on x's device (None where p is 0), and DoRA's mode.
-
-    The seed stays on the device, so that drawing it neither waits for the device nor freezes into a CUDA graph.
-    """
-
-    p: float = 0.0
-    seed: torch.Tensor | None = None
-    dora: str = "exact"
-
-    @classmethod
-    def draw(cls, p: float, device: torch.device, dora: str = "exact") -> Dropout:
-        """A new seed from torch's generator of `device`."""
-        return cls(p, torch.randint(2**62, (1,), device=device), dora) if p > 0 else cls()
-
-    @property
-    def on_base(self) -> bool:
-        """Whether DoRA's gain applies to the base product of the dropped input, as in PEFT."""
-        return self.p > 0 and self.dora == "exact"
-
-    def constants(self) -> dict[str, Any]:
-        """The compile-time arguments of a kernel that replays this dropout."""
-        return {
-            "DROPOUT": self.p > 0,
-            "DROP_BELOW": round(self.p * 2**DROP_BITS),
-            "KEEP_SCALE": 1 / (1 - self.p),
-        }
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How many rows a [n, T, width] tensor has, and how many belong to one sample."""
-
-    total: int
-    per_sample: int
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Rows:
-        return cls(tensor.shape[0] * tensor.shape[1], max(1, tensor.shape[1]))
-
-
-def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """[..., width] as [n, T, width]; a view, except for more than three dimensions that cannot be merged."""
-    if tensor.ndim < 3:
-        return tensor.reshape(1, -1, tensor.shape[-1])
-    return tensor if tensor.ndim == 3 else tensor.flatten(0, -3)
-
-
-def one_sample(rows: torch.Tensor) -> torch.Tensor:
-    """[n, T, width] as [1, n * T, width] where the strides allow it without a copy, else unchanged."""
-    n, length, width = rows.shape
-    if n > 1 and rows.stride(0) == length * rows.stride(1):
-        return rows.as_strided((1, n * length, width), (0, rows.stride(1), rows.stride(2)))
-    return rows
+from .dropout import Dropout
 
 
 def run(kernel: Any, grid: Sequence[int], device: torch.device, tile: Tile, **arguments: Any) -> None:
@@ -100,14 +41,14 @@ def echo_arguments(delta: torch.Tensor | None, mask: torch.Tensor | None) -> dic
     }
 
 
+def dropout_constants(dropout: Dropout) -> dict[str, Any]:
+    """The compile-time arguments of a kernel that replays `dropout`."""
+    return {"DROPOUT": dropout.p > 0, "DROP_BELOW": dropout.drop_below, "KEEP_SCALE": dropout.keep_scale}
+
+
 def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """The dtype that kernels accumulate in."""
+    """The dtype that kernels accumulate in, `rows.accumulator_dtype` as Triton names it."""
     return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The same, as torch names it."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def input_precision(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""`echolora::` operators: what torch.compile sees of the Triton kernels.
+"""`echolora::` operators: what torch.compile sees of the kernels.
 
 Eager calls go round them (`autograd`), since crossing the boundary of a registered operator costs more than a launch.
 """
@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from .dropout import Dropout
 from .echo import Echo
-from .launch import Dropout, accumulator_dtype
-from .passes import ForwardResult, backward_pass, forward_pass
+from .kernels import load
+from .passes import ForwardResult, backward_pass, forward_pass, kinds_of
 from .projection import Projection
+from .rows import accumulator_dtype
 
 
 def _or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -35,6 +37,7 @@ def forward_operator(
     delta: torch.Tensor | None,
     mask: torch.Tensor | None,
     seed: torch.Tensor | None,
+    backend: str,
     site: str,
     scaling: float,
     dropout_p: float,
@@ -44,16 +47,21 @@ def forward_operator(
     """y [..., d_out], S [rows, r], z [rows, d_out], norm [d_out], gain [d_out]; empty where there is none."""
     echo = None if delta is None or mask is None else Echo(delta, mask, site)
     dropout = Dropout(dropout_p, seed, dora_dropout)
-    out = forward_pass(x, weight, bias, lora_a, lora_b, magnitude, echo, scaling, dropout, store_z)
+    inputs = (x, weight, bias, lora_a, lora_b, magnitude)
+    out = forward_pass(load(backend), *inputs, echo, scaling, dropout, store_z)
     s, z, norm, gain = (_or_empty(tensor, x) for tensor in (out.s, out.z, out.norm, out.gain))
     return out.y, s, z, norm, gain
 
 
 @forward_operator.register_fake
-def _(x, weight, bias, lora_a, lora_b, magnitude, delta, mask, seed, site, scaling, dropout_p, dora_dropout, store_z):
+def _(
+    x, weight, bias, lora_a, lora_b, magnitude, delta, mask, seed, backend, site, scaling, dropout_p, dora_dropout,
+    store_z,
+):  # fmt: skip
     rows, d_out = x.shape[:-1].numel(), weight.shape[0]
     wide = accumulator_dtype(torch.promote_types(weight.dtype, lora_a.dtype))
-    y, s = x.new_empty((*x.shape[:-1], d_out)), x.new_empty((rows, lora_a.shape[0]))
+    y = x.new_empty((*x.shape[:-1], d_out))
+    s = x.new_empty((rows, lora_a.shape[0]), dtype=load(backend).s_dtype(x.dtype, lora_a.dtype))
     z = x.new_empty((rows, d_out) if store_z else (0,))
     if magnitude is None:
         return y, s, z, x.new_empty(0), x.new_empty(0)
@@ -76,6 +84,7 @@ def backward_operator(
     z: torch.Tensor,
     norm: torch.Tensor,
     gain: torch.Tensor,
+    backend: str,
     site: str,
     scaling: float,
     dropout_p: float,
@@ -86,41 +95,43 @@ def backward_operator(
     dora = magnitude is not None
     out = ForwardResult(dy, s, _or_none(z, needs[5]), _or_none(norm, dora), _or_none(gain, dora))
     inputs = (x, weight, bias, lora_a, lora_b, magnitude, delta)
-    kinds = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in inputs]
     inner = delta if site == "adapter_input" else None
     dropout = Dropout(dropout_p, seed, dora_dropout)
-    gradients = backward_pass(dy, x, weight, lora_a, lora_b, inner, mask, out, site, scaling, dropout, kinds, needs)
+    tensors = (dy, x, weight, lora_a, lora_b, inner, mask)
+    gradients = backward_pass(load(backend), *tensors, out, site, scaling, dropout, kinds_of(inputs), needs)
     return [gradient.contiguous() for gradient in gradients if gradient is not None]
 
 
 @backward_operator.register_fake
 def _(
-    dy, x, weight, bias, lora_a, lora_b, magnitude, delta, mask, seed, s, z, norm, gain, site, scaling, dropout_p,
-    dora_dropout, needs,
+    dy, x, weight, bias, lora_a, lora_b, magnitude, delta, mask, seed, s, z, norm, gain, backend, site, scaling,
+    dropout_p, dora_dropout, needs,
 ):  # fmt: skip
     inputs = (x, weight, bias, lora_a, lora_b, magnitude, delta)
     return [tensor.new_empty(tensor.shape) for tensor, need in zip(inputs, needs, strict=True) if need]
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.site, ctx.scaling, ctx.dropout_p, ctx.dora_dropout, _ = inputs
+    *tensors, ctx.backend, ctx.site, ctx.scaling, ctx.dropout_p, ctx.dora_dropout, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, dy: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:7])
-    constants = (ctx.site, ctx.scaling, ctx.dropout_p, ctx.dora_dropout)
+    constants = (ctx.backend, ctx.site, ctx.scaling, ctx.dropout_p, ctx.dora_dropout)
     found = iter(backward_operator(dy, *ctx.saved_tensors, *constants, needs))
-    return *(next(found) if need else None for need in needs), *[None] * 7
+    return *(next(found) if need else None for need in needs), *[None] * 8
 
 
 forward_operator.register_autograd(_backward, setup_context=_save)
 
 
-def compiled_echo_lora_linear(x: torch.Tensor, weight: torch.Tensor, p: Projection, dropout: Dropout) -> torch.Tensor:
+def compiled_echo_lora_linear(
+    backend: str, x: torch.Tensor, weight: torch.Tensor, p: Projection, dropout: Dropout
+) -> torch.Tensor:
     """y by the registered operator, for graphs that torch.compile traces."""
     delta, mask, site = (None, None, "output") if p.echo is None else (p.echo.delta, p.echo.mask, p.echo.site)
     store_z = p.magnitude is not None and torch.is_grad_enabled() and p.magnitude.requires_grad
     tensors = (x, weight, p.bias, p.lora_a, p.lora_b, p.magnitude, delta, mask, dropout.seed)
-    return forward_operator(*tensors, site, float(p.scaling), dropout.p, dropout.dora, store_z)[0]
+    return forward_operator(*tensors, backend, site, float(p.scaling), dropout.p, dropout.dora, store_z)[0]

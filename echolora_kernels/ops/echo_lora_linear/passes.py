@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 
-from ..dora_norm.triton_norm import dora_norm
+from .dropout import Dropout
 from .echo import Echo
-from .launch import Dropout, as_rows
-from .products import input_product, linear_product
-from .triton_backward_launch import adapter_backward, lora_a_backward
-from .triton_forward import shrink
+from .kernels import Kernels
+from .rows import as_rows
 
 # a tensor, or None where the operator goes without it or no needed gradient reads it
 Maybe = Any
@@ -32,7 +30,13 @@ class ForwardResult:
     gain: Maybe
 
 
+def kinds_of(tensors: Sequence[Maybe]) -> list[Kind]:
+    """The kind of each."""
+    return [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors]
+
+
 def forward_pass(
+    kernels: Kernels,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -50,10 +54,10 @@ def forward_pass(
     rows = as_rows(x)
     norm = gain = None
     if magnitude is not None:
-        norm, gain = dora_norm(weight, lora_a, lora_b, scaling, magnitude)
+        norm, gain = kernels.dora_norm(weight, lora_a, lora_b, scaling, magnitude)
     inner = echo if echo is not None and echo.site != "output" else None
     outer = echo if echo is not None and echo.site == "output" else None
-    s = shrink(
+    s = kernels.shrink(
         rows,
         lora_a,
         scaling,
@@ -62,7 +66,7 @@ def forward_pass(
         delta=None if inner is None else inner.delta,
         mask=None if inner is None else inner.mask,
     )
-    y, z = linear_product(
+    y, z = kernels.linear_product(
         rows,
         weight,
         s,
@@ -79,6 +83,7 @@ def forward_pass(
 
 
 def backward_pass(
+    kernels: Kernels,
     dy: torch.Tensor,
     x: Maybe,
     weight: Maybe,
@@ -109,21 +114,59 @@ def backward_pass(
             dy.new_zeros(kind[0], dtype=kind[1]) if kind and need else None
             for kind, need in zip(kinds, needs, strict=True)
         ]
-    need_x, need_weight, need_bias, need_a, need_b, need_magnitude, need_delta = needs
-    x_dtype, w_dtype, bias_dtype, a_dtype, b_dtype, magnitude_dtype, delta_dtype = (k and k[1] for k in kinds)
-    s, z, norm, gain = out.s, out.z, out.norm, out.gain
-    inner_delta = need_delta and site != "output"
-    need_ds = need_x or need_a or inner_delta
+    need_x, need_weight, _, need_a, _, _, need_delta = needs
+    need_ds = need_x or need_a or (need_delta and site != "output")
     dy_rows = as_rows(dy)
-    dx = dweight = dbias = da = db = dmagnitude = ddelta = None
+    dx = dweight = da = None
 
-    sums = adapter_backward(
-        dy_rows,
-        s,
+    ds, dbias, db, dmagnitude, ddelta = adapter_pass(
+        kernels, dy_rows, lora_a, lora_b, mask, out, site, scaling, kinds[2:], needs[2:], need_ds
+    )
+    if need_a:
+        echo_mask = mask if site == "adapter_input" else None
+        rows = as_rows(x)
+        da = kernels.lora_a_backward(rows, ds, dropout=dropout, delta=delta, mask=echo_mask, dtype=kinds[3][1])
+    if need_x:
+        dx = kernels.input_product(dy_rows, weight, ds, lora_a, dropout=dropout, gain=out.gain).view(kinds[0][0])
+    if need_weight:
+        dweight = _weight_gradient(dy_rows, as_rows(x), out.gain).to(kinds[1][1])
+    return [dx, dweight, dbias, da, db, dmagnitude, ddelta]
+
+
+def adapter_pass(
+    kernels: Kernels,
+    dy: torch.Tensor,
+    lora_a: Maybe,
+    lora_b: torch.Tensor,
+    mask: Maybe,
+    out: ForwardResult,
+    site: str,
+    scaling: float,
+    kinds: Sequence[Kind],
+    needs: Sequence[bool],
+    need_ds: bool,
+) -> tuple[Maybe, Maybe, Maybe, Maybe, Maybe]:
+    """B1, and the gradients that follow from its sums alone.
+
+    Args:
+        dy: [n, T, d_out].
+        lora_a, mask: as in `backward_pass`.
+        out: s, z, norm and gain of this projection.
+        kinds, needs: of bias, lora_a, lora_b, magnitude and delta; lora_a's are not read.
+        need_ds: whether anything needs dS, [n * T, r].
+
+    Returns:
+        dS as the kernels sum it, and the gradients of bias, lora_b, magnitude and delta; None where not needed.
+    """
+    need_bias, _, need_b, need_magnitude, need_delta = needs
+    bias_dtype, _, b_dtype, magnitude_dtype, delta_dtype = (kind and kind[1] for kind in kinds)
+    sums = kernels.adapter_backward(
+        dy,
+        out.s,
         lora_b,
         scaling,
-        gain=gain,
-        z=z,
+        gain=out.gain,
+        z=out.z,
         mask=mask if site == "output" else None,
         need_ds=need_ds,
         need_lora_b=need_b,
@@ -131,29 +174,20 @@ def backward_pass(
         need_gain=need_magnitude,
         need_delta=need_delta and site == "output",
     )
+    dbias = db = dmagnitude = None
     if sums.bias is not None:
         dbias = sums.bias.to(bias_dtype)
     if sums.lora_b is not None:
         db = sums.lora_b.to(b_dtype)
     if sums.gain is not None:
-        dmagnitude = (sums.gain / norm.clamp_min(torch.finfo(norm.dtype).tiny)).to(magnitude_dtype)
-    if sums.delta is not None:
-        ddelta = sums.delta.to(delta_dtype)
-    ds: Maybe = None if sums.ds is None else sums.ds.to(x_dtype)
-    if inner_delta:
+        dmagnitude = (sums.gain / out.norm.clamp_min(torch.finfo(out.norm.dtype).tiny)).to(magnitude_dtype)
+    ddelta = sums.delta
+    if need_delta and site != "output":
         ddelta = inner_sums(sums.ds, mask)
         if site == "adapter_input":
             with torch.autocast(dy.device.type, enabled=False):
                 ddelta = ddelta @ lora_a.to(ddelta.dtype)
-        ddelta = ddelta.to(delta_dtype)
-    if need_a:
-        echo_mask = mask if site == "adapter_input" else None
-        da = lora_a_backward(as_rows(x), ds, dropout=dropout, delta=delta, mask=echo_mask, dtype=a_dtype)
-    if need_x:
-        dx = input_product(dy_rows, weight, ds, lora_a, dropout=dropout, gain=gain).view(kinds[0][0])
-    if need_weight:
-        dweight = _weight_gradient(dy_rows, as_rows(x), gain).to(w_dtype)
-    return [dx, dweight, dbias, da, db, dmagnitude, ddelta]
+    return sums.ds, dbias, db, dmagnitude, None if ddelta is None else ddelta.to(delta_dtype)
 
 
 def inner_sums(ds: Maybe, mask: torch.Tensor) -> torch.Tensor:

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from . import configs
 from .configs import Tile
-from .launch import (
-    Dropout,
-    Rows,
-    accumulator,
-    accumulator_dtype,
-    device_of,
-    echo_arguments,
-    input_precision,
-    one_sample,
-    reduce_partials,
-    run,
-)
+from .dropout import Dropout
+from .kernels import AdapterGradients
+from .launch import accumulator, device_of, dropout_constants, echo_arguments, input_precision, reduce_partials, run
+from .rows import Rows, accumulator_dtype, one_sample
 from .triton_backward import adapter_bwd_kernel, input_bwd_kernel, lora_a_bwd_kernel
 from .triton_forward import shrink
-
-
-@dataclass
-class AdapterGradients:
-    """What one pass over dY yields, in the accumulator's dtype; None where it was not asked for."""
-
-    ds: torch.Tensor | None = None
-    lora_b: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    gain: torch.Tensor | None = None
-    delta: torch.Tensor | None = None
 
 
 def adapter_backward(
@@ -163,7 +142,7 @@ def lora_a_backward(
     """B2: ``dA = dS^T (drop(x) + mask delta)``, dropout replayed from its seed.
 
     Args:
-        x: [n, T, K], any strides. ds: [n * T, r], contiguous, in x's dtype.
+        x: [n, T, K], any strides. ds: [n * T, r], contiguous; rounded to x's dtype.
         dropout: as in the forward pass.
         delta, mask: the echo at the adapter's input, [n, K] and [n, T], or None.
         dtype: of the result.
@@ -174,6 +153,7 @@ def lora_a_backward(
     """
     rows, device = Rows.of(x), device_of(x)
     width, rank = x.shape[2], ds.shape[1]
+    ds = ds.to(x.dtype)
     block_r = configs.rank_block(rank)
     tile = tile or configs.lora_a_bwd_tile(block_r, x.dtype, device.arch)
     col_tiles = -(-width // tile.cols)
@@ -200,7 +180,7 @@ def lora_a_backward(
         stride_x_n=x.stride(0),
         stride_x_t=x.stride(1),
         stride_x_k=x.stride(2),
-        **dropout.constants(),
+        **dropout_constants(dropout),
         HAS_DELTA=delta is not None,
         BLOCK_M=tile.inner,
         BLOCK_K=tile.cols,
@@ -272,7 +252,7 @@ def input_backward(
         stride_w_k=weight.stride(1),
         stride_a_r=0 if lora_a is None else lora_a.stride(0),
         stride_a_k=0 if lora_a is None else lora_a.stride(1),
-        **dropout.constants(),
+        **dropout_constants(dropout),
         HAS_BASE=base is not None,
         HAS_GAIN=gain is not None,
         DORA_DROPOUT=two_products,

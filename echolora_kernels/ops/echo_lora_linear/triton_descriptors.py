@@ -16,7 +16,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .configs import Tile
-from .launch import Dropout, Rows, accumulator, device_of, echo_arguments, input_precision, one_sample, run
+from .dropout import Dropout
+from .launch import accumulator, device_of, dropout_constants, echo_arguments, input_precision, run
+from .rows import Rows, one_sample
 from .triton_blocks import add_low_rank, add_outside_gain, keep_mask, swizzled_tile
 
 
@@ -252,7 +254,7 @@ def input_by_descriptors(
         stride_a_r=lora_a.stride(0),
         stride_a_k=lora_a.stride(1),
         PROGRAMS=programs,
-        **dropout.constants(),
+        **dropout_constants(dropout),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.inner,
         BLOCK_K=tile.cols,

@@ -14,17 +14,9 @@ import triton.language as tl
 
 from . import configs
 from .configs import Tile
-from .launch import (
-    Dropout,
-    Rows,
-    accumulator,
-    accumulator_dtype,
-    device_of,
-    echo_arguments,
-    input_precision,
-    reduce_partials,
-    run,
-)
+from .dropout import Dropout
+from .launch import accumulator, device_of, dropout_constants, echo_arguments, input_precision, reduce_partials, run
+from .rows import Rows, accumulator_dtype
 from .triton_blocks import add_low_rank, add_outside_gain, dropped, row_offsets, swizzled_tile
 
 
@@ -260,7 +252,7 @@ def shrink(
         stride_a_k=a.stride(1),
         stride_gain=0 if gain is None else gain.stride(0),
         SCALING=float(scaling),
-        **dropout.constants(),
+        **dropout_constants(dropout),
         HAS_GAIN=gain is not None,
         SITE=site,
         BLOCK_M=tile.rows,
@@ -318,7 +310,7 @@ def linear(
     z = None
     if store_z:
         z = x.new_empty((rows.total, d_out)) if base is None else base
-    constants = (dropout if two_products else Dropout()).constants()
+    constants = dropout_constants(dropout if two_products else Dropout())
     constants["DORA_DROPOUT"] = constants.pop("DROPOUT")
     run(
         linear_fwd_kernel,

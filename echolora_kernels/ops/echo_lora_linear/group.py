@@ -1,4 +1,4 @@
-"""Triton `echo_lora_linear_group`: x is read once for all projections' S, once for all their dA; dX accumulates.
+"""`echo_lora_linear_group` by kernels: x is read once for all projections' S, once for all their dA; dX accumulates.
 
 F1 and B2 run once, on the stacked A's. Echoes inside the adapters become a rank-space echo, A Delta instead of Delta:
 the same by linearity, and the stacked kernel needs one site only. F2, B1 and B3 run once a projection.
@@ -12,19 +12,17 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..dora_norm.triton_norm import dora_norm
 from .autograd import apply, check_limits, under_autocast
 from .checks import check_group
-from .configs import MAX_RANK
+from .dropout import Dropout
 from .echo import Echo
-from .launch import Dropout, accumulator_dtype, as_rows
-from .passes import Maybe, inner_sums
-from .products import group_input_product, linear_product
+from .kernels import load
+from .passes import ForwardResult, Maybe, adapter_pass, inner_sums, kinds_of
 from .projection import Projection
-from .triton_backward_launch import adapter_backward, lora_a_backward
-from .triton_forward import shrink
+from .rows import accumulator_dtype, as_rows
 
 _TENSORS = 7  # of one projection, in the order of `_flatten`
+_FIXED = 4  # arguments before them
 
 
 def _flatten(p: Projection) -> tuple[torch.Tensor | None, ...]:
@@ -35,7 +33,7 @@ def _flatten(p: Projection) -> tuple[torch.Tensor | None, ...]:
 def _stack(
     projections: Sequence[Projection], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Scaled A's [R, K] in x's dtype, and the echoes inside the adapters as rank-space delta [n, R] and their mask."""
+    """Scaled A's [R, K] in S's dtype, and the echoes inside the adapters as rank-space delta [n, R] and their mask."""
     wide = accumulator_dtype(dtype)
     stacked = torch.cat([(p.lora_a.to(wide) * p.scaling).to(dtype) for p in projections])
     inner = [p.echo for p in projections if p.echo is not None and p.echo.site != "output"]
@@ -57,23 +55,24 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, dropout: Dropout, fixed: list[tuple[str, float]], *tensors: Maybe
+        ctx: Any, x: torch.Tensor, dropout: Dropout, backend: str, fixed: list[tuple[str, float]], *tensors: Maybe
     ) -> tuple[torch.Tensor, ...]:
+        kernels = load(backend)
         projections = _unflatten(fixed, tensors)
         rows = as_rows(x)
         with torch.autocast(x.device.type, enabled=False):
-            stacked, delta, mask = _stack(projections, x.dtype)
+            stacked, delta, mask = _stack(projections, kernels.s_dtype(x.dtype, projections[0].lora_a.dtype))
         site = "none" if delta is None else "rank"
-        s = shrink(rows, stacked, 1.0, dropout=dropout, site=site, delta=delta, mask=mask)
+        s = kernels.shrink(rows, stacked, 1.0, dropout=dropout, site=site, delta=delta, mask=mask)
         outputs, saved, start = [], [], 0
         for index, p in enumerate(projections):
-            needs = ctx.needs_input_grad[3 + index * _TENSORS :][:_TENSORS]
+            needs = ctx.needs_input_grad[_FIXED + index * _TENSORS :][:_TENSORS]
             norm = gain = None
             if p.magnitude is not None:
-                norm, gain = dora_norm(p.weight, p.lora_a, p.lora_b, p.scaling, p.magnitude)
+                norm, gain = kernels.dora_norm(p.weight, p.lora_a, p.lora_b, p.scaling, p.magnitude)
             outer = p.echo if p.echo is not None and p.echo.site == "output" else None
             stop = start + len(p.lora_a)
-            y, z = linear_product(
+            y, z = kernels.linear_product(
                 rows,
                 p.weight,
                 s[:, start:stop],
@@ -89,17 +88,19 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
             outputs.append(y)
             saved += [z, norm, gain]
             start = stop
-        ctx.fixed, ctx.dropout, ctx.count = fixed, (dropout.p, dropout.dora), len(projections)
+        ctx.backend, ctx.fixed, ctx.count = backend, fixed, len(projections)
+        ctx.dropout = dropout.p, dropout.dora
         ctx.save_for_backward(x, s, dropout.seed, *tensors, *saved)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kernels = load(ctx.backend)
         x, s, seed, *rest = ctx.saved_tensors
         tensors, saved = rest[: ctx.count * _TENSORS], rest[ctx.count * _TENSORS :]
         projections = _unflatten(ctx.fixed, tensors)
-        needs = [ctx.needs_input_grad[3 + i * _TENSORS :][:_TENSORS] for i in range(ctx.count)]
+        needs = [ctx.needs_input_grad[_FIXED + i * _TENSORS :][:_TENSORS] for i in range(ctx.count)]
         dropout = Dropout(ctx.dropout[0], seed, ctx.dropout[1])
         need_x, need_a = ctx.needs_input_grad[0], any(need[2] for need in needs)
         gradients: list[list[Maybe]] = []
@@ -108,27 +109,20 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
         for p, need, dy, z, norm, gain in zip(
             projections, needs, dys, saved[0::3], saved[1::3], saved[2::3], strict=True
         ):
-            site = "none" if p.echo is None else p.echo.site
-            sums = adapter_backward(
-                as_rows(dy),
-                s[:, start : start + len(p.lora_a)],
-                p.lora_b,
-                p.scaling,
-                gain=gain,
-                z=z,
-                mask=p.echo.mask if p.echo is not None and site == "output" else None,
-                need_ds=need_x or need_a or (need[5] and site != "output"),
-                need_lora_b=need[3],
-                need_bias=need[1],
-                need_gain=need[4],
-                need_delta=need[5] and site == "output",
+            stop = start + len(p.lora_a)
+            mask, site = (None, "output") if p.echo is None else (p.echo.mask, p.echo.site)
+            out = ForwardResult(dy, s[:, start:stop], z, norm, gain)
+            need_ds = need_x or need_a or (need[5] and site != "output")
+            kinds = kinds_of(_flatten(p))[1:6]
+            d, dbias, db, dmagnitude, ddelta = adapter_pass(
+                kernels, as_rows(dy), p.lora_a, p.lora_b, mask, out, site, p.scaling, kinds, need[1:6], need_ds
             )
-            start += len(p.lora_a)
-            ds.append(sums.ds)
-            gradients.append(_own_gradients(p, need, sums, norm))
-        stacked_ds: Maybe = torch.cat([d.to(x.dtype) for d in ds], 1) if need_x or need_a else None
+            start = stop
+            ds.append(d)
+            gradients.append([None, dbias, None, db, dmagnitude, ddelta, None])
+        stacked_ds: Maybe = torch.cat(ds, 1) if need_x or need_a else None
         if need_a:
-            da = lora_a_backward(as_rows(x), stacked_ds, dropout=dropout, dtype=accumulator_dtype(x.dtype))
+            da = kernels.lora_a_backward(as_rows(x), stacked_ds, dropout=dropout, dtype=accumulator_dtype(s.dtype))
             for p, need, d, own, part in zip(
                 projections, needs, ds, gradients, da.split([len(p.lora_a) for p in projections]), strict=True
             ):
@@ -136,10 +130,10 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
                     own[2] = _with_echo(part, p, d).to(p.lora_a.dtype)
         dx = None
         if need_x:
-            dx = group_input_product(
+            dx = kernels.group_input_product(
                 [as_rows(dy) for dy in dys], projections, ds, stacked_ds, gains=saved[2::3], dropout=dropout
             ).view(x.shape)
-        return dx, None, None, *(gradient for own in gradients for gradient in own)
+        return dx, None, None, None, *(gradient for own in gradients for gradient in own)
 
 
 def _unflatten(fixed: list[tuple[str, float]], tensors: Sequence[Maybe]) -> list[Projection]:
@@ -151,30 +145,12 @@ def _unflatten(fixed: list[tuple[str, float]], tensors: Sequence[Maybe]) -> list
     return projections
 
 
-def _own_gradients(p: Any, need: Sequence[bool], sums: Any, norm: Maybe) -> list:
-    """Gradients in the order of `_flatten`, all but A's."""
-    own: list[torch.Tensor | None] = [None] * _TENSORS
-    if sums.bias is not None:
-        own[1] = sums.bias.to(p.bias.dtype)
-    if sums.lora_b is not None:
-        own[3] = sums.lora_b.to(p.lora_b.dtype)
-    if sums.gain is not None:
-        own[4] = (sums.gain / norm.clamp_min(torch.finfo(norm.dtype).tiny)).to(p.magnitude.dtype)
-    if need[5]:
-        ddelta = sums.delta
-        if ddelta is None:
-            ddelta = inner_sums(sums.ds, p.echo.mask)
-            if p.echo.site == "adapter_input":
-                ddelta = ddelta @ p.lora_a.to(ddelta.dtype)
-        own[5] = ddelta.to(p.echo.delta.dtype)
-    return own
-
-
 def _with_echo(da: torch.Tensor, p: Projection, ds: torch.Tensor) -> torch.Tensor:
     """dA including the echo at the adapter's input: its part of dS^T (drop(x) + M Delta) is (sum of dS)^T Delta."""
     if p.echo is None or p.echo.site != "adapter_input":
         return da
-    return da + inner_sums(ds, p.echo.mask).t().to(da.dtype) @ p.echo.delta.to(da.dtype)
+    with torch.autocast(da.device.type, enabled=False):
+        return da + inner_sums(ds, p.echo.mask).t().to(da.dtype) @ p.echo.delta.to(da.dtype)
 
 
 def echo_lora_linear_group(
@@ -183,28 +159,30 @@ def echo_lora_linear_group(
     *,
     dropout_p: float = 0.0,
     dora_dropout: str = "exact",
+    backend: str,
 ) -> tuple[torch.Tensor, ...]:
-    """Several adapted linears of one input, by Triton kernels.
+    """Several adapted linears of one input, by the kernels of `backend`.
 
-    See `echolora_kernels.functional.echo_lora_linear_group`. Projections whose ranks add up to more than 256, that
-    share no mask for echoes inside the adapter, or that train a weight, and graphs that torch.compile traces, are
-    computed one by one with one dropout mask.
+    See `echolora_kernels.functional.echo_lora_linear_group`. Projections whose ranks add up to more than the kernels'
+    `max_rank`, that share no mask for echoes inside the adapter, or that train a weight, and graphs that torch.compile
+    traces, are computed one by one with one dropout mask.
     """
     check_group(x, projections, dropout_p, dora_dropout)
-    for p in projections:
-        check_limits(x, p, dropout_p, dora_dropout)
     x, weights = under_autocast(x, [p.weight for p in projections])
+    for p in projections:
+        check_limits(backend, x, p, dropout_p, dora_dropout)
     dropout = Dropout.draw(dropout_p, x.device, dora_dropout)
     masks = {id(p.echo.mask) for p in projections if p.echo is not None and p.echo.site != "output"}
+    most = load(backend).max_rank
     together = (
-        sum(len(p.lora_a) for p in projections) <= MAX_RANK
+        (most is None or sum(len(p.lora_a) for p in projections) <= most)
         and len(masks) <= 1
         and not any(weight.requires_grad for weight in weights)
         and x.shape[:-1].numel() > 0
         and not torch.compiler.is_compiling()
     )
     if not together:
-        return tuple(apply(x, weight, p, dropout) for p, weight in zip(projections, weights, strict=True))
+        return tuple(apply(backend, x, weight, p, dropout) for p, weight in zip(projections, weights, strict=True))
     fixed = [("output" if p.echo is None else p.echo.site, float(p.scaling)) for p in projections]
     tensors = [t for p, weight in zip(projections, weights, strict=True) for t in (weight, *_flatten(p)[1:])]
-    return EchoLoRALinearGroupFunction.apply(x, dropout, fixed, *tensors)
+    return EchoLoRALinearGroupFunction.apply(x, dropout, backend, fixed, *tensors)

@@ -1,4 +1,4 @@
-"""The two large products, each by the candidate that `candidates` picks."""
+"""The two large products of the Triton backend, each by the candidate that `candidates` picks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 
 from . import candidates, configs
 from .candidates import Problem
-from .launch import Dropout, Rows, device_of, one_sample
+from .dropout import Dropout
+from .launch import device_of
 from .projection import Projection
+from .rows import Rows, one_sample
 from .triton_backward_launch import input_backward
 from .triton_descriptors import describable, input_by_descriptors, linear_by_descriptors
 from .triton_forward import linear
@@ -64,7 +66,11 @@ def input_product(
     dropout: Dropout,
     gain: torch.Tensor | None,
 ) -> torch.Tensor:
-    """B3 by any candidate; arguments and result as those of `triton_backward_launch.input_backward`."""
+    """B3 by any candidate; arguments and result as those of `triton_backward_launch.input_backward`.
+
+    dS comes as wide as it was summed, and is rounded to dY's dtype.
+    """
+    ds = ds.to(dy.dtype)
     candidate = _candidate("input-gradient", dy, weight, lora_a.shape[0], gain, dropout)
     if candidate == "fused":
         if gain is None and _by_descriptors(dy, weight, weight.shape[1], lora_a.shape[0]):
@@ -87,7 +93,7 @@ def group_input_product(
     """B3 for projections of one input: their dX in one buffer, each added to what is there.
 
     Args:
-        dys: [n, T, N] each. ds: [n * T, r] each, in the accumulator's dtype; stacked_ds: all of them, in dY's dtype.
+        dys: [n, T, N] each. ds: [n * T, r] each, in the accumulator's dtype; stacked_ds: all of them.
         gains: [N] or None each. dropout: as in the forward pass.
 
     Returns:
@@ -121,7 +127,7 @@ def _add_product(dx: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, gain:
 def _candidate(
     product: str, rows: torch.Tensor, weight: torch.Tensor, rank: int, gain: torch.Tensor | None, dropout: Dropout
 ) -> str:
-    insist, folder = candidates.from_environment()
+    insist, folder = candidates.from_environment(product)
     problem = Problem(
         product=product,
         m=Rows.of(rows).total,

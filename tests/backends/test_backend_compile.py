@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import SEED, SITES, make
+from linear_cases import SEED, SITES, make
 
 from echolora_kernels.ops.echo_lora_linear import operators
-from echolora_kernels.ops.echo_lora_linear.launch import Dropout
+from echolora_kernels.ops.echo_lora_linear.dropout import Dropout
 
 
 @pytest.fixture(autouse=True)
@@ -15,29 +15,31 @@ def _no_stale_graphs():
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize(("dtype", "lora_dtype"), [(torch.float64, torch.float64), (torch.float16, torch.float32)])
 @pytest.mark.parametrize(
     ("site", "dora", "p"), [(None, False, 0.0), ("output", True, 0.3), ("adapter_input", False, 0.3)]
 )
-def test_operators_pass_opcheck(site, dora, p):
-    case = make(n=2, t=3, d_in=5, d_out=6, site=site, dora=dora, p=p)
+def test_operators_pass_opcheck(backend, site, dora, p, dtype, lora_dtype):
+    case = make(backend, n=2, t=3, d_in=5, d_out=6, site=site, dora=dora, p=p, dtype=lora_dtype)
+    case = replace(case, **{name: getattr(case, name).to(dtype) for name in ("x", "weight", "bias")})
     for name, tensor in case.tensors().items():
         tensor.requires_grad_(name != "weight")
     seed = Dropout.draw(p, case.x.device).seed
     arguments = (case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.magnitude, case.delta, case.mask, seed)
-    rest = (site or "output", case.scaling, p, "exact", dora)
+    rest = (backend, site or "output", case.scaling, p, "exact", dora)
     torch.library.opcheck(operators.forward_operator, (*arguments, *rest))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("site", SITES)
-def test_one_graph_equals_eager(site, dora, p, launches):
-    compiled = torch.compile(lambda case: case.call("triton"), fullgraph=True, backend="aot_eager", dynamic=True)
+def test_one_graph_equals_eager(backend, site, dora, p, calls):
+    compiled = torch.compile(lambda case: case.call(backend), fullgraph=True, backend="aot_eager", dynamic=True)
     for t in (4, 7):
-        case = make(n=2, t=t, d_in=5, d_out=6, site=site, dora=dora, p=p)
-        want = case.results("triton")
-        eager = list(launches)
-        launches.clear()
+        case = make(backend, n=2, t=t, d_in=5, d_out=6, site=site, dora=dora, p=p)
+        want = case.results(backend)
+        eager = list(calls)
+        calls.clear()
         leaves = {name: tensor.detach().requires_grad_(name != "weight") for name, tensor in case.tensors().items()}
         torch.manual_seed(SEED)
         y = compiled(replace(case, **leaves))
@@ -46,5 +48,5 @@ def test_one_graph_equals_eager(site, dora, p, launches):
         assert torch.equal(y, want["y"])
         for name, gradient in zip(names, gradients, strict=True):
             assert torch.equal(gradient, want[name]), name
-        assert launches == eager
-        launches.clear()
+        assert calls == eager
+        calls.clear()

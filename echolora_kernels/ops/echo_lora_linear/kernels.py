@@ -1,0 +1,207 @@
+"""What a backend brings: the kernels that autograd, groups and the registered operators are written in terms of.
+
+Rows come as [n, T, width] of any strides. A backend need not know which tensor asks for a gradient, what is saved,
+or which of these functions run in one pass: that is `passes`, `group` and `autograd`, the same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .dropout import Dropout
+from .projection import Projection
+
+
+@dataclass
+class AdapterGradients:
+    """What one pass over dY yields, each at least as wide as the accumulator; None where it was not asked for."""
+
+    ds: torch.Tensor | None = None
+    lora_b: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
+    delta: torch.Tensor | None = None
+
+
+class Kernels(Protocol):
+    """The kernels of one backend. M = n * T rows, K = d_in, N = d_out, r the rank."""
+
+    # the largest rank that they serve, None for any
+    max_rank: int | None
+
+    def want_runnable(self, x: torch.Tensor) -> None:
+        """Raise BackendUnavailable where no kernel can compute with `x`."""
+
+    def s_dtype(self, x_dtype: torch.dtype, lora_dtype: torch.dtype) -> torch.dtype:
+        """The dtype of what `shrink` returns for adapters of `lora_dtype` on an x of `x_dtype`."""
+
+    def dora_norm(
+        self,
+        weight: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        scaling: float,
+        magnitude: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """D0: ``norm = || W0 + s B A ||_row`` and ``gain = magnitude / norm``, constants.
+
+        Returns:
+            norm, and the gain where a magnitude is given: [N], float32, or float64 where an argument is.
+        """
+
+    def shrink(
+        self,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        scaling: float,
+        *,
+        dropout: Dropout,
+        gain: torch.Tensor | None = None,
+        site: str = "none",
+        delta: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """F1: ``S = s (drop(x) (a * gain)^T + rank-space echo)``.
+
+        Args:
+            x: [n, T, K]. a: [r, K], any strides and floating dtype. scaling: s.
+            dropout: probability and seed; the mask is a function of seed, row and column alone.
+            gain: [K] or None, a factor on the columns of a.
+            site: "adapter_input" adds mask * delta to drop(x), "rank" adds it to the product, "none" does neither.
+            delta, mask: the echo, [n, K] or [n, r], and [n, T].
+
+        Returns:
+            S, [M, r], unit stride, in `s_dtype`.
+        """
+
+    def linear_product(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        s: torch.Tensor,
+        lora_b: torch.Tensor,
+        *,
+        bias: torch.Tensor | None,
+        gain: torch.Tensor | None,
+        delta: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        dropout: Dropout,
+        store_z: bool,
+        shape: tuple[int, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """F2: ``y = g z + bias + mask delta`` with ``z = x W0^T + S B^T``.
+
+        With DoRA and exact dropout, ``z = drop(x) W0^T + S B^T`` and ``y`` gains ``(x - drop(x)) W0^T``: PEFT's form.
+
+        Args:
+            x: [n, T, K]. weight: [N, K]. s: [M, r], unit stride, maybe some columns of a wider one. lora_b: [N, r].
+            bias, gain: [N] or None; gain is contiguous.
+            delta, mask: the echo at the output, [n, N] and [n, T], or None.
+            dropout: as `shrink` got it; it only matters with a gain.
+            store_z: also return z, which the magnitude's gradient needs.
+            shape: of y, which is no view.
+
+        Returns:
+            y, and z [M, N] or None: contiguous, in x's dtype.
+        """
+
+    def adapter_backward(
+        self,
+        dy: torch.Tensor,
+        s: torch.Tensor,
+        lora_b: torch.Tensor,
+        scaling: float,
+        *,
+        gain: torch.Tensor | None,
+        z: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        need_ds: bool,
+        need_lora_b: bool,
+        need_bias: bool,
+        need_gain: bool,
+        need_delta: bool,
+    ) -> AdapterGradients:
+        """B1: everything that is a sum over dY.
+
+        ``dS = s (g * dY) B``, ``dB = (g * dY)^T S``, ``dbias = sum dY``, ``dg = sum dY * z``, ``dDelta = sum mask dY``.
+
+        Args:
+            dy: [n, T, N], also expanded; never written.
+            s, z: what `shrink` and `linear_product` returned; z only for need_gain. lora_b: [N, r]. scaling: s.
+            gain: [N] or None. mask: [n, T], for need_delta.
+            need_*: which sums.
+
+        Returns:
+            ds [M, r], contiguous, lora_b [N, r], bias [N], gain [N], delta [n, N].
+        """
+
+    def lora_a_backward(
+        self,
+        x: torch.Tensor,
+        ds: torch.Tensor,
+        *,
+        dropout: Dropout,
+        delta: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """B2: ``dA = dS^T (drop(x) + mask delta)``, [r, K] in `dtype`.
+
+        Args:
+            x: [n, T, K]. ds: [M, r], contiguous, as `adapter_backward` returned it or several side by side.
+            dropout: as `shrink` got it.
+            delta, mask: the echo at the adapter's input, [n, K] and [n, T], or None.
+        """
+
+    def input_product(
+        self,
+        dy: torch.Tensor,
+        weight: torch.Tensor,
+        ds: torch.Tensor,
+        lora_a: torch.Tensor,
+        *,
+        dropout: Dropout,
+        gain: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """B3: ``dX = (g * dY) W0 + drop'(dS A)``, [M, K], contiguous, in dY's dtype.
+
+        With DoRA and exact dropout ``dX = dY W0 + drop'(((g - 1) * dY) W0 + dS A)``.
+
+        Args:
+            dy: [n, T, N], also expanded; never written. weight: [N, K]. lora_a: [r, K].
+            ds: [M, r], as `adapter_backward` returned it.
+            dropout: as `shrink` got it. gain: [N] or None.
+        """
+
+    def group_input_product(
+        self,
+        dys: list[torch.Tensor],
+        projections: Sequence[Projection],
+        ds: list[torch.Tensor],
+        stacked_ds: torch.Tensor,
+        *,
+        gains: Sequence[torch.Tensor | None],
+        dropout: Dropout,
+    ) -> torch.Tensor:
+        """B3 for projections of one input: the sum of their dX, [M, K], contiguous, in dY's dtype.
+
+        Args:
+            dys: [n, T, N] each. ds: [M, r] each, as `adapter_backward` returned it; stacked_ds: side by side.
+            gains: [N] or None each. dropout: as `shrink` got it.
+        """
+
+
+def load(backend: str) -> Kernels:
+    """The kernels of "triton", "cpp" or "cuda"; imports what they need."""
+    # statements, which torch.compile can trace
+    if backend == "triton":
+        from . import triton_kernels
+
+        return triton_kernels
+    from . import compiled_kernels  # type: ignore[attr-defined]
+
+    return compiled_kernels

@@ -1,0 +1,32 @@
+"""The Triton kernels as one set, `kernels.Kernels`. S and what multiplies it are rounded to x's dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from ..dora_norm.triton_norm import dora_norm
+from .configs import MAX_RANK
+from .launch import want_runnable
+from .triton_backward_launch import adapter_backward, lora_a_backward
+from .triton_forward import shrink
+from .triton_products import group_input_product, input_product, linear_product
+
+__all__ = [
+    "adapter_backward",
+    "dora_norm",
+    "group_input_product",
+    "input_product",
+    "linear_product",
+    "lora_a_backward",
+    "max_rank",
+    "s_dtype",
+    "shrink",
+    "want_runnable",
+]
+
+max_rank: int | None = MAX_RANK
+
+
+def s_dtype(x_dtype: torch.dtype, lora_dtype: torch.dtype) -> torch.dtype:
+    """x's dtype, whatever the adapters are in."""
+    return x_dtype

@@ -1,0 +1,46 @@
+"""The one place that says which backends these tests run against."""
+
+import pytest
+from linear_cases import device_for, why_not
+
+from echolora_kernels.ops.echo_lora_linear.kernels import load
+
+KERNELS = (
+    "dora_norm",
+    "shrink",
+    "linear_product",
+    "adapter_backward",
+    "lora_a_backward",
+    "input_product",
+    "group_input_product",
+)
+
+
+@pytest.fixture(scope="session", params=["triton", "cpp", "cuda"])
+def backend(request):
+    reason = why_not(request.param)
+    if reason:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def device(backend):
+    return device_for(backend)
+
+
+@pytest.fixture
+def calls(backend, monkeypatch):
+    """Names of the kernels that are called."""
+    kernels, names = load(backend), []
+
+    def recorded(name, function):
+        def call(*arguments, **options):
+            names.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    for name in KERNELS:
+        monkeypatch.setattr(kernels, name, recorded(name, getattr(kernels, name)))
+    return names
