@@ -65,7 +65,11 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
     },
     ("descriptor", "single"): {"small": Tile(64, 64, 32, 8, 2)},
     ("descriptor", "double"): {"small": Tile(32, 32, 16, 4, 1)},
-    ("shrink", "half"): {"thin": Tile(64, 0, 64, 4, 3), "thick": Tile(64, 0, 32, 8, 2)},
+    ("shrink", "half"): {
+        "thin": Tile(64, 0, 64, 4, 3),
+        "thick": Tile(64, 0, 32, 8, 2),
+        "thick on sm_120": Tile(32, 0, 64, 8, 2),  # the taller one spills there, and there is no HGMMA to need it
+    },
     ("shrink", "single"): {"thin": Tile(32, 0, 32, 4, 2), "thick": Tile(32, 0, 16, 8, 1)},
     ("shrink", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
     ("adapter_bwd", "half"): {"thin": Tile(128, 0, 32, 8, 3), "thick": Tile(64, 0, 32, 8, 2)},
@@ -86,6 +90,10 @@ ROOMY = ("sm_80", "sm_90", "sm_100", "sm_103")
 def candidates(kernel: str, dtype: torch.dtype, arch: str) -> dict[str, Tile]:
     """Every tile that the rules below can pick for `kernel` on `arch`, by name."""
     tiles = dict(TILES[kernel, dtype_class(dtype)])
+    for name in [name for name in tiles if " on " in name]:
+        tile = tiles.pop(name)
+        if name.endswith(arch):
+            tiles[name.partition(" on ")[0]] = tile
     if arch not in ROOMY:
         tiles.pop("large", None)
     else:
