@@ -112,7 +112,7 @@ class Kernels(Protocol):
     def adapter_backward(
         self,
         dy: torch.Tensor,
-        s: torch.Tensor,
+        s: torch.Tensor | None,
         lora_b: torch.Tensor,
         scaling: float,
         *,
@@ -131,8 +131,9 @@ class Kernels(Protocol):
 
         Args:
             dy: [n, T, N], also expanded; never written.
-            s, z: what `shrink` and `linear_product` returned; z only for need_gain. lora_b: [N, r]. scaling: s.
-            gain: [N] or None. mask: [n, T], for need_delta.
+            s, z, mask: what `shrink` and `linear_product` returned, for need_lora_b and need_gain, and [n, T], for
+                need_delta; each may be None without its need.
+            lora_b: [N, r]. scaling: s. gain: [N] or None.
             need_*: which sums.
 
         Returns:

@@ -16,7 +16,7 @@ from .triton_forward import shrink
 
 def adapter_backward(
     dy: torch.Tensor,
-    s: torch.Tensor,
+    s: torch.Tensor | None,
     lora_b: torch.Tensor,
     scaling: float,
     *,
@@ -37,7 +37,7 @@ def adapter_backward(
 
     Args:
         dy: [n, T, N], any strides, also expanded ones; never written.
-        s: what `shrink` returned. lora_b: [N, r]. scaling: s of the formula.
+        s: what `shrink` returned; only for need_lora_b. lora_b: [N, r]. scaling: s of the formula.
         gain, z: DoRA's factor [N] and what `linear` returned beside y; z only for need_gain.
         mask: [n, T], for need_delta.
         need_*: which gradients.
