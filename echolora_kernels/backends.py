@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import native
 from .errors import BackendUnavailable
 
 ENVIRONMENT_VARIABLE = "ECHOLORA_BACKEND"
@@ -54,6 +55,14 @@ def _why_no_triton() -> str | None:
     if not torch.cuda.is_available() and not interpreting():
         return "there is no GPU, and TRITON_INTERPRET=1 is not set"
     return None
+
+
+def _why_no_cuda() -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if (reason := native.why_unavailable()) is not None:
+        return reason
+    return None if native.cuda_architectures() else "the compiled library was built without CUDA kernels"
 
 
 def _echo_lora_linear_by(backend: str) -> Callable:
@@ -107,6 +116,18 @@ BACKENDS: tuple[Backend, ...] = (
         operators=_by_kernels("triton"),
         why_unavailable=_why_no_triton,
         preferred_on=("cuda",),
+    ),
+    Backend(
+        name="cuda",
+        operators=_by_kernels("cuda"),
+        why_unavailable=_why_no_cuda,
+        preferred_on=("cuda",),
+    ),
+    Backend(
+        name="cpp",
+        operators=_by_kernels("cpp"),
+        why_unavailable=native.why_unavailable,
+        preferred_on=("cpu",),
     ),
     Backend(
         name="reference",

@@ -137,10 +137,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
   const auto result = [&](bool needed, const std::vector<int64_t>& shape) {
     return empty(dy, needed ? shape : std::vector<int64_t>{0}, wide);
   };
-  const Tensor ds = result(need_ds, {rows, p.rank}), db = result(need_db, {width, p.rank});
+  const Tensor ds = empty(dy, {need_ds ? rows : 0, p.rank}, b.scalar_type()), db = result(need_db, {width, p.rank});
   const Tensor dbias = result(need_dbias, {width}), dgain = result(need_dgain, {width});
   const Tensor ddelta = result(need_ddelta, {p.dy.samples, width});
   p.ds = need_ds ? ds.data_ptr() : nullptr;
+  p.ds_type = type_of(b);
   p.db = need_db ? db.data_ptr() : nullptr;
   p.dbias = need_dbias ? dbias.data_ptr() : nullptr;
   p.dgain = need_dgain ? dgain.data_ptr() : nullptr;
@@ -162,7 +163,6 @@ Tensor lora_a_backward(const Tensor& x, const Tensor& ds, const Optional& seed, 
   p.rank = ds.size(1);
   want_rank(ds, "ds", p.rank);
   p.ds = thin_of(ds, "ds", element, p.x.total(), p.rank, x);
-  p.adapters = type_of(ds);
   p.dropout = dropout_of(seed, drop_below, keep_scale);
   want(delta.has_value() == mask.has_value(), "mask", mask ? "a tensor" : "None", "one exactly where delta is given");
   p.delta = data_of(delta, "delta", wide, p.x.samples * p.x.width, x);

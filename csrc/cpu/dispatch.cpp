@@ -1,7 +1,7 @@
 // Which instruction set this processor has, among those the library was built for.
 #include "dispatch.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(ECHOLORA_X86)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -16,7 +16,7 @@ namespace {
 
 // Whether there is a matrix unit for bfloat16, and the kernel lets this process use its registers.
 bool may_use_amx() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(ECHOLORA_X86)
   constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
   unsigned eax, ebx, ecx, edx;
@@ -41,7 +41,7 @@ const Kernels* best() {
 
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found;
-#if defined(__x86_64__)
+#if defined(ECHOLORA_X86)  // the library was built for its instruction sets
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

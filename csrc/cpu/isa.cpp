@@ -39,7 +39,7 @@ namespace {
 ECHOLORA_RUN_BY_TYPES(shrink, Shrink, p.x.type, p.a.type)
 ECHOLORA_RUN_BY_TYPES(linear_epilogue, LinearEpilogue, p.type, p.b.type)
 ECHOLORA_RUN_BY_TYPES(adapter_backward, AdapterBackward, p.dy.type, p.b.type)
-ECHOLORA_RUN_BY_TYPES(lora_a_backward, LoraABackward, p.x.type, p.adapters)
+ECHOLORA_RUN_BY_TYPES(lora_a_backward, LoraABackward, p.x.type, p.ds.type)
 ECHOLORA_RUN_BY_TYPES(input_epilogue, InputEpilogue, p.type, p.a.type)
 
 int64_t dora_norm_work_any(const DoraNorm& p) {

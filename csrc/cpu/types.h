@@ -68,14 +68,15 @@ struct AdapterBackward {
   const void* gain;  // [width]
   const void* z;     // [total, width], element
   const void* mask;  // [total]
-  void *ds, *db, *dbias, *dgain, *ddelta;  // [total, rank], [width, rank], [width], [width], [samples, width]
+  void* ds;          // [total, rank], of ds_type
+  Type ds_type;
+  void *db, *dbias, *dgain, *ddelta;  // [width, rank], [width], [width], [samples, width]
   void* work;
 };
 
 struct LoraABackward {
   Rows x;
-  Thin ds;        // [total, rank]
-  Type adapters;  // type of A and B
+  Thin ds;  // [total, rank]
   int64_t rank;
   Dropout dropout;
   const void *delta, *mask;  // [samples, width], [total]

@@ -18,7 +18,7 @@ from .projection import Projection
 
 @dataclass
 class AdapterGradients:
-    """What one pass over dY yields, each at least as wide as the accumulator; None where it was not asked for."""
+    """What one pass over dY yields, in the accumulator's dtype (ds also in S's); None where it was not asked for."""
 
     ds: torch.Tensor | None = None
     lora_b: torch.Tensor | None = None
@@ -203,6 +203,10 @@ def load(backend: str) -> Kernels:
         from . import triton_kernels
 
         return triton_kernels
-    from . import compiled_kernels  # type: ignore[attr-defined]
+    if backend == "cpp":
+        from .compiled_kernels import CPP
 
-    return compiled_kernels
+        return CPP
+    from .compiled_kernels import CUDA
+
+    return CUDA

@@ -11,7 +11,7 @@ import torch
 from .dropout import Dropout
 from .echo import Echo
 from .kernels import Kernels
-from .rows import as_rows
+from .rows import accumulator_dtype, as_rows
 
 # a tensor, or None where the operator goes without it or no needed gradient reads it
 Maybe = Any
@@ -192,7 +192,8 @@ def adapter_pass(
 
 def inner_sums(ds: Maybe, mask: torch.Tensor) -> torch.Tensor:
     """Sums of dS over each sample's answer, [n, r]: the gradient of an echo in rank space."""
-    return (mask.to(ds.dtype).unsqueeze(-1) * ds.view(*mask.shape, -1)).sum(1)
+    wide = accumulator_dtype(ds.dtype)
+    return (mask.to(wide).unsqueeze(-1) * ds.to(wide).view(*mask.shape, -1)).sum(1)
 
 
 def _weight_gradient(dy: torch.Tensor, x: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:

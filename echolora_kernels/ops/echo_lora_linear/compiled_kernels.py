@@ -1,0 +1,244 @@
+"""The C++ and CUDA kernels as sets, `kernels.Kernels`: products with W0 by the vendor's GEMM, the rest by our library.
+
+The vendor's product comes first and our kernels add to it while it is in the cache. csrc/library.cpp says what each
+operator computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from ...errors import BackendUnavailable
+from .dropout import Dropout
+from .kernels import AdapterGradients
+from .projection import Projection
+from .rows import accumulator_dtype, one_sample
+
+_SITES = {"none": 0, "adapter_input": 1, "rank": 2}
+
+
+class CompiledKernels:
+    """The library's operators for tensors on one kind of device.
+
+    Args:
+        name: the backend's, for messages.
+        device_type: "cpu" or "cuda".
+        rounds_s: whether S is in x's dtype whatever the adapters are in; else wider adapters keep it wider.
+    """
+
+    max_rank: int | None = 256
+
+    def __init__(self, name: str, device_type: str, rounds_s: bool) -> None:
+        self.name, self.device_type, self.rounds_s = name, device_type, rounds_s
+
+    def want_runnable(self, x: torch.Tensor) -> None:
+        """Raise BackendUnavailable where no kernel can compute with `x`."""
+        if x.device.type != self.device_type:
+            raise BackendUnavailable(
+                f"x: got device {x.device}, wants a {self.device_type} tensor for the {self.name} backend"
+            )
+
+    def s_dtype(self, x_dtype: torch.dtype, lora_dtype: torch.dtype) -> torch.dtype:
+        """x's dtype where the adapters have it, or where S is rounded; else the accumulator's."""
+        return x_dtype if self.rounds_s or lora_dtype == x_dtype else accumulator_dtype(x_dtype)
+
+    def dora_norm(
+        self,
+        weight: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        scaling: float,
+        magnitude: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """D0; see `Kernels`."""
+        wide = accumulator_dtype(torch.promote_types(weight.dtype, lora_a.dtype))
+        norm, gain = _operators().dora_norm.default(weight, lora_a, lora_b, scaling, _dense(magnitude, wide))
+        return norm, None if magnitude is None else gain
+
+    def shrink(
+        self,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        scaling: float,
+        *,
+        dropout: Dropout,
+        gain: torch.Tensor | None = None,
+        site: str = "none",
+        delta: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """F1; see `Kernels`."""
+        wide = accumulator_dtype(x.dtype)
+        echo = (_SITES[site], _dense(delta, wide), _dense(mask, wide))
+        return _operators().shrink.default(
+            x, _thin(a, x.dtype), scaling, *_drawn(dropout), _dense(gain, wide), *echo
+        )  # fmt: skip
+
+    def linear_product(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        s: torch.Tensor,
+        lora_b: torch.Tensor,
+        *,
+        bias: torch.Tensor | None,
+        gain: torch.Tensor | None,
+        delta: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        dropout: Dropout,
+        store_z: bool,
+        shape: tuple[int, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """F2; see `Kernels`."""
+        wide = accumulator_dtype(x.dtype)
+        y = x.new_empty(shape)
+        rows = y.view(x.shape[0], x.shape[1], weight.shape[0])
+        flat, transposed = _flat(x), weight.t()
+        z, base = rows.view(-1, weight.shape[0]), None
+        if store_z:
+            z = torch.empty_like(z)
+        with _without_autocast(x):
+            if gain is not None and dropout.on_base:
+                base = torch.mm(flat, transposed)
+                flat = _operators().drop.default(x, *_drawn(dropout))
+            torch.mm(flat, transposed, out=z)
+        _operators().linear_epilogue.default(
+            s, _thin(lora_b, x.dtype), z, base, _dense(gain, wide), _dense(bias, wide), _dense(delta, wide),
+            _dense(mask, wide), rows, store_z,
+        )  # fmt: skip
+        return y, z if store_z else None
+
+    def adapter_backward(
+        self,
+        dy: torch.Tensor,
+        s: torch.Tensor | None,
+        lora_b: torch.Tensor,
+        scaling: float,
+        *,
+        gain: torch.Tensor | None,
+        z: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        need_ds: bool,
+        need_lora_b: bool,
+        need_bias: bool,
+        need_gain: bool,
+        need_delta: bool,
+    ) -> AdapterGradients:
+        """B1; see `Kernels`."""
+        wide, needs = accumulator_dtype(dy.dtype), (need_ds, need_lora_b, need_bias, need_gain, need_delta)
+        sums = _operators().adapter_backward.default(
+            dy, s, _thin(lora_b, dy.dtype), scaling, _dense(gain, wide), z, _dense(mask, wide), *needs
+        )
+        return AdapterGradients(*(sum_ if need else None for sum_, need in zip(sums, needs, strict=True)))
+
+    def lora_a_backward(
+        self,
+        x: torch.Tensor,
+        ds: torch.Tensor,
+        *,
+        dropout: Dropout,
+        delta: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """B2; see `Kernels`."""
+        wide = accumulator_dtype(x.dtype)
+        da = _operators().lora_a_backward.default(x, ds, *_drawn(dropout), _dense(delta, wide), _dense(mask, wide))
+        return da.to(dtype)
+
+    def input_product(
+        self,
+        dy: torch.Tensor,
+        weight: torch.Tensor,
+        ds: torch.Tensor,
+        lora_a: torch.Tensor,
+        *,
+        dropout: Dropout,
+        gain: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """B3; see `Kernels`."""
+        return self._input_product([dy], [weight], [gain], ds, lora_a, dropout)
+
+    def group_input_product(
+        self,
+        dys: list[torch.Tensor],
+        projections: Sequence[Projection],
+        ds: list[torch.Tensor],
+        stacked_ds: torch.Tensor,
+        *,
+        gains: Sequence[torch.Tensor | None],
+        dropout: Dropout,
+    ) -> torch.Tensor:
+        """B3 for projections of one input; see `Kernels`."""
+        lora_a = torch.cat([_thin(p.lora_a, dys[0].dtype) for p in projections])
+        return self._input_product(dys, [p.weight for p in projections], gains, stacked_ds, lora_a, dropout)
+
+    def _input_product(
+        self,
+        dys: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        gains: Sequence[torch.Tensor | None],
+        ds: torch.Tensor,
+        lora_a: torch.Tensor,
+        dropout: Dropout,
+    ) -> torch.Tensor:
+        dx: torch.Tensor | None = None
+        of_dropped: torch.Tensor | None = None  # what the dropout mask applies to, beside dS A
+        with _without_autocast(dys[0]):
+            for dy, weight, gain in zip(dys, weights, gains, strict=True):
+                flat = _flat(dy)
+                if gain is not None and dropout.on_base:
+                    of_dropped = _add_product(of_dropped, flat, weight, gain - 1)
+                    gain = None
+                dx = _add_product(dx, flat, weight, gain)
+        assert dx is not None
+        _operators().input_epilogue.default(ds, _thin(lora_a, dx.dtype), of_dropped, *_drawn(dropout), True, dx)
+        return dx
+
+
+def _add_product(
+    to: torch.Tensor | None, dy: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor | None
+) -> torch.Tensor:
+    """to + (gain * dy) W0; the gain goes on the smaller of the two."""
+    if gain is not None and len(dy) < weight.shape[1]:
+        dy = (dy * gain).to(dy.dtype)
+    elif gain is not None:
+        weight = (weight * gain.unsqueeze(1)).to(weight.dtype)
+    return torch.mm(dy, weight) if to is None else torch.addmm(to, dy, weight, out=to)
+
+
+def _operators() -> Any:
+    return torch.ops.echolora
+
+
+def _flat(rows: torch.Tensor) -> torch.Tensor:
+    """[n, T, width] as [n * T, width], copied only where the strides forbid a view."""
+    return one_sample(rows).reshape(-1, rows.shape[2])
+
+
+def _dense(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A vector or an echo as the library takes it."""
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def _thin(adapter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A or B in the dtype of the elements or of the accumulator."""
+    wide = accumulator_dtype(dtype)
+    return adapter if adapter.dtype in (dtype, wide) else adapter.to(wide)
+
+
+def _drawn(dropout: Dropout) -> tuple[torch.Tensor | None, int, float]:
+    return dropout.seed, dropout.drop_below, dropout.keep_scale
+
+
+def _without_autocast(like: torch.Tensor) -> Any:
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+CPP = CompiledKernels("cpp", "cpu", rounds_s=False)
+CUDA = CompiledKernels("cuda", "cuda", rounds_s=True)
