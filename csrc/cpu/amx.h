@@ -39,7 +39,7 @@ struct Amx {
 
   // As `read_block`, with zeros up to whole tiles.
   static void read(const Rows& x, const Reading<A>& reading, int64_t first, int64_t count, int64_t first_col,
-                   int64_t cols, Packed* block, Ahead* ahead) {
+                   int64_t cols, Packed* block, Ahead<bf16>* ahead) {
     const int64_t padded = round_up(cols, DEPTH);
     if (x.stride_w == 1 && !reading.dropout.below && !reading.delta) {
       for (int64_t i = 0; i < count; i++) {
@@ -47,7 +47,8 @@ struct Amx {
         const bf16* next = first_col + cols < x.width ? from + cols
                                                       : row_start<bf16>(x, at_most(first + i + count, x.total() - 1));
         for (int64_t col = 0; col < cols; col += DEPTH) __builtin_prefetch(next + col);
-        std::memcpy(block + i * BLOCK_COLS, from, sizeof(bf16) * cols);
+        if (cols == BLOCK_COLS) std::memcpy(block + i * BLOCK_COLS, from, sizeof(bf16) * BLOCK_COLS);
+        else std::memcpy(block + i * BLOCK_COLS, from, sizeof(bf16) * cols);
       }
     } else {
       alignas(64) A wide[BLOCK_ROWS * BLOCK_COLS];
@@ -63,36 +64,45 @@ struct Amx {
 
   static void pack(const Thin& thin, int64_t first, int64_t count, int64_t rank, int64_t padded, const A* factor,
                    Packed* packed) {
-    std::memset(packed, 0, sizeof(bf16) * round_up(count, DEPTH) * padded);
-    each_element<A>(thin, first, count, rank, [&](int64_t j, int64_t r, A value) {
-      bf16* to = packed + j / DEPTH * DEPTH * padded + r / SIDE * TILE + j % DEPTH / 2 * DEPTH + r % SIDE * 2 + j % 2;
-      narrow(factor ? value * factor[first + j] : value, to);
-    });
+    for (int64_t j = 0; j < count; j += DEPTH)
+      for (int64_t r = 0; r < padded; r += SIDE)
+        pack_tile(thin, first + j, at_most(DEPTH, count - j), r, at_most(SIDE, rank - r), factor,
+                  packed + j * padded + r * DEPTH);
   }
 
   static void pack_rows(const Thin& thin, int64_t first, int64_t count, int64_t rank, int64_t padded, Packed* packed) {
     std::memset(packed, 0, sizeof(bf16) * BLOCK_ROWS * padded);
+    if (thin.type == Type::bf16) {  // nothing to round
+      const bf16* from = static_cast<const bf16*>(thin.data) + first * thin.stride_row;
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t r = 0; r < rank; r++) packed[r * DEPTH + i] = from[i * thin.stride_row + r * thin.stride_col];
+      return;
+    }
     each_element<A>(thin, first, count, rank, [&](int64_t i, int64_t r, A value) { narrow(value, packed + r * DEPTH + i); });
   }
 
   static void pack_spread(const Thin& thin, int64_t first, int64_t count, int64_t rank, A factor, Packed* packed) {
     const int64_t depth = round_up(rank, DEPTH);
     std::memset(packed, 0, sizeof(bf16) * BLOCK_ROWS * depth);
+    if (thin.type == Type::bf16 && thin.stride_col == 1 && factor == 1) {
+      const bf16* from = static_cast<const bf16*>(thin.data) + first * thin.stride_row;
+      for (int64_t i = 0; i < count; i++) std::memcpy(packed + i * depth, from + i * thin.stride_row, sizeof(bf16) * rank);
+      return;
+    }
     each_element<A>(thin, first, count, rank,
                     [&](int64_t i, int64_t r, A value) { narrow(factor * value, packed + i * depth + r); });
   }
 
   static void pack_wide(const Thin& thin, int64_t first, int64_t width, int64_t rank, Packed* wide) {
     const int64_t depth = round_up(rank, DEPTH);
-    std::memset(wide + first * depth, 0, sizeof(bf16) * BLOCK_COLS * depth);
-    each_element<A>(thin, first, at_most(BLOCK_COLS, width - first), rank, [&](int64_t at, int64_t r, A value) {
-      const int64_t n = first + at;
-      narrow(value, wide + n / SIDE * SIDE * depth + r / DEPTH * TILE + r % DEPTH / 2 * DEPTH + n % SIDE * 2 + r % 2);
-    });
+    for (int64_t n = first; n < first + BLOCK_COLS; n += SIDE)
+      for (int64_t r = 0; r < depth; r += DEPTH)
+        pack_tile(transposed(thin), r, at_most(DEPTH, rank - r), n, at_most(SIDE, width - n), nullptr,
+                  wide + n * depth + r * SIDE);
   }
 
   static void gather_rows(const Packed* block, int64_t, int64_t cols, const Packed* packed, int64_t padded, A* sums,
-                          Ahead*) {
+                          Ahead<bf16>*) {
     before_loading();
     const int64_t stride = padded * sizeof(A);
     for (int64_t r = 0; r < padded; r += SIDE) {
@@ -112,7 +122,7 @@ struct Amx {
   }
 
   static void gather_cols(const Packed* block, int64_t, int64_t cols, const Packed* thin, int64_t padded, A* sums,
-                          Ahead*) {
+                          Ahead<bf16>*) {
     for (int64_t col = 0; col < cols; col += DEPTH) {
       alignas(64) bf16 pairs[2 * TILE];
       for (int64_t i = 0; i < SIDE; i++) {
@@ -144,6 +154,7 @@ struct Amx {
     alignas(64) A sums[BLOCK_ROWS * DEPTH];  // 32 columns at a time
     before_loading();
     for (int64_t col = 0; col < cols; col += DEPTH) {
+      for (int64_t i = 0; i < rows; i++) finish.ahead(i, col + DEPTH);
       const bf16 *left = wide + col * depth, *right = left + SIDE * depth;
       _tile_zero(0);
       _tile_zero(1);
@@ -170,6 +181,31 @@ struct Amx {
   }
 
  private:
+  // A right-hand operand: tile[d / 2][s][d % 2] = thin[d0 + d, s0 + s] * factor[d0 + d], zeros where there is no element.
+  static void pack_tile(const Thin& thin, int64_t d0, int64_t depths, int64_t s0, int64_t sides, const A* factor,
+                        bf16* tile) {
+    const bf16* from = static_cast<const bf16*>(thin.data) + d0 * thin.stride_row + s0 * thin.stride_col;
+    const bool raw = thin.type == Type::bf16 && !factor && depths % 2 == 0;
+    if (depths < DEPTH || sides < SIDE) std::memset(tile, 0, sizeof(bf16) * TILE);
+    if (raw && thin.stride_row == 1) {  // pairs lie side by side
+      for (int64_t s = 0; s < sides; s++)
+        for (int64_t d = 0; d < depths; d += 2) std::memcpy(tile + d * SIDE + 2 * s, from + s * thin.stride_col + d, 4);
+    } else if (raw && thin.stride_col == 1 && sides == SIDE) {  // pairs are two rows
+      for (int64_t d = 0; d < depths; d += 2) {
+        const bf16 *even = from + d * thin.stride_row, *odd = even + thin.stride_row;
+        const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
+        _mm512_storeu_si512(tile + d * SIDE, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+    } else {
+      Thin part = thin;
+      with_data(thin, [&](const auto* data) { part.data = data + s0 * thin.stride_col; });
+      each_element<A>(part, d0, depths, sides, [&](int64_t d, int64_t s, A value) {
+        narrow(factor ? value * factor[d0 + d] : value, tile + d / 2 * DEPTH + 2 * s + d % 2);
+      });
+    }
+  }
+
   // the compiler does not know that tile loads read memory
   static void before_loading() { asm volatile("" ::: "memory"); }
 };

@@ -137,10 +137,10 @@ void adapter_backward(const AdapterBackward& p, Parallel parallel) {
   if (p.ds) pack_all<P>(p.b, width, p.rank, p.gain, partials.b, parallel);
   if (p.ddelta) std::memset(p.ddelta, 0, sizeof(A) * p.dy.samples * width);
   run(parallel, chunks.count, [&](int64_t chunk) {
-    const typename P::Session session;
+    [[maybe_unused]] const typename P::Session session;
     const int64_t chunk_first = chunk * chunks.rows, chunk_last = at_most(chunk_first + chunks.rows, rows);
     const int64_t from = chunk_first / p.dy.per_sample, to = (chunk_last - 1) / p.dy.per_sample;
-    Ahead ahead;
+    Ahead<typename P::Element> ahead;
     alignas(64) Packed block[BLOCK_ROWS * BLOCK_COLS], s[BLOCK_ROWS * MAX_RANK];
     alignas(64) A ds[BLOCK_ROWS * MAX_RANK];
     std::memset(partials.db(p, chunk), 0, sizeof(A) * partials.per_chunk);
@@ -180,9 +180,9 @@ void lora_a_backward(const LoraABackward& p, Parallel parallel) {
   A* sums = static_cast<A*>(p.work);
   const Reading<A> reading{p.dropout, static_cast<const A*>(p.delta), static_cast<const A*>(p.mask)};
   run(parallel, chunks.count, [&](int64_t chunk) {
-    const typename P::Session session;
+    [[maybe_unused]] const typename P::Session session;
     const int64_t chunk_last = at_most((chunk + 1) * chunks.rows, rows);
-    Ahead ahead;
+    Ahead<typename P::Element> ahead;
     alignas(64) Packed block[BLOCK_ROWS * BLOCK_COLS], ds[BLOCK_ROWS * MAX_RANK];
     std::memset(sums + chunk * partial, 0, sizeof(A) * partial);
     for (int64_t first = chunk * chunks.rows; first < chunk_last; first += BLOCK_ROWS) {
@@ -208,34 +208,53 @@ int64_t input_epilogue_work(const InputEpilogue& p) {
   return P::wide_size(p.rank, p.width);
 }
 
+// dx of one vector, given the adapter's share of it.
+template <class P>
+struct FinishInput {
+  using A = typename P::A;
+  using E = typename P::Element;
+  E* dx;  // from the strip's first element on
+  const E* product;
+  const A* factors;
+  int64_t width;
+  bool accumulate;
+
+  void ahead(int64_t i, int64_t col) const {
+    if (accumulate) __builtin_prefetch(dx + i * width + col);
+    if (product) __builtin_prefetch(product + i * width + col);
+  }
+
+  void operator()(int64_t i, int64_t col, int lanes, Vec<A> sum) const {
+    const int64_t at = i * width + col;
+    if (product) sum += load_part(product + at, lanes);
+    if (factors) sum *= load_part(factors + i * BLOCK_COLS + col, lanes);
+    if (accumulate) sum += load_part(dx + at, lanes);
+    store_part(dx + at, sum, lanes);
+  }
+};
+
 template <class P>
 void input_epilogue(const InputEpilogue& p, Parallel parallel) {
   using A = typename P::A;
   using E = typename P::Element;
   using Packed = typename P::Packed;
-  const Packed* wide = static_cast<const Packed*>(p.work);
   pack_wide_all<P>(transposed(p.a), p.width, p.rank, p.work, parallel);
-  const E* product = static_cast<const E*>(p.product);
-  E* dx = static_cast<E*>(p.dx);
   run(parallel, row_tasks(p.total), [&](int64_t task) {
-    const typename P::Session session;
+    [[maybe_unused]] const typename P::Session session;
     const int64_t first = task * BLOCK_ROWS, here = at_most(BLOCK_ROWS, p.total - first);
     alignas(64) Packed ds[BLOCK_ROWS * MAX_RANK];
     alignas(64) A factors[BLOCK_ROWS * BLOCK_COLS];
     P::pack_spread(p.ds, first, here, p.rank, A(1), ds);
     for (int64_t strip = 0; strip < p.width; strip += BLOCK_COLS) {
-      const int64_t cols = at_most(BLOCK_COLS, p.width - strip);
+      const int64_t cols = at_most(BLOCK_COLS, p.width - strip), at = first * p.width + strip;
       if (p.dropout.below)
         for (int64_t i = 0; i < here; i++)
           dropout_factors(p.dropout, first + i, strip, cols, p.width, factors + i * BLOCK_COLS);
-      P::spread(ds, p.rank, wide + P::wide_at(strip, p.rank), p.width, here, cols,
-                [&](int64_t i, int64_t col, int lanes, Vec<A> sum) {
-                  const int64_t at = (first + i) * p.width + strip + col;
-                  if (product) sum += load_part(product + at, lanes);
-                  if (p.dropout.below) sum *= load_part(factors + i * BLOCK_COLS + col, lanes);
-                  if (p.accumulate) sum += load_part(dx + at, lanes);
-                  store_part(dx + at, sum, lanes);
-                });
+      const E* product = static_cast<const E*>(p.product);
+      const FinishInput<P> finish{static_cast<E*>(p.dx) + at, product ? product + at : nullptr,
+                                  p.dropout.below ? factors : nullptr, p.width, p.accumulate};
+      const Packed* wide = static_cast<const Packed*>(p.work) + P::wide_at(strip, p.rank);
+      P::spread(ds, p.rank, wide, p.width, here, cols, finish);
     }
   });
 }

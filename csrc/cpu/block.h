@@ -90,14 +90,15 @@ inline const E* row_start(const Rows& x, int64_t m) {
   return static_cast<const E*>(x.data) + m / x.per_sample * x.stride_n + m % x.per_sample * x.stride_t;
 }
 
-// The lines that the next block lies in, asked for one by one while this one is computed with.
+// Where the next block lies; its lines are asked for one by one while this block is computed with.
+template <class E>
 struct Ahead {
-  const char* rows[BLOCK_ROWS];
+  static constexpr int64_t LINE = 64 / sizeof(E), LINES = BLOCK_COLS / LINE;  // elements of a line, lines of a row
+  const E* rows[BLOCK_ROWS];
   int64_t at = 0, count = 0;
-  int shift = 0;  // a row has 1 << shift lines
-  void touch() {
-    if (at < count) __builtin_prefetch(rows[at >> shift] + (at & ((1 << shift) - 1)) * 64);
-    at++;
+
+  void ask(int64_t line) const {
+    if (line < count) __builtin_prefetch(rows[line / LINES] + line % LINES * LINE);
   }
 };
 
@@ -113,21 +114,22 @@ struct Reading {
 // are copied too: as they lie, a power of two apart, they would share a few sets of the cache.
 template <class E>
 inline void read_block(const Rows& x, const Reading<Acc<E>>& reading, int64_t first, int64_t count, int64_t first_col,
-                       int64_t cols, Acc<E>* block, Ahead* ahead) {
+                       int64_t cols, Acc<E>* block, Ahead<E>* ahead) {
   using A = Acc<E>;
   ahead->at = 0;
-  ahead->shift = sizeof(E) == 8 ? 4 : sizeof(E) == 4 ? 3 : 2;
-  static_assert(BLOCK_COLS * 8 == 64 << 4, "lines of a row of doubles");
-  ahead->count = x.stride_w == 1 ? count << ahead->shift : 0;
+  ahead->count = x.stride_w == 1 ? count * Ahead<E>::LINES : 0;
   for (int64_t i = 0; i < count; i++) {
     const E* from = row_start<E>(x, first + i) + first_col * x.stride_w;
     // what is read next: the same rows further on, or the rows below
     const E* next = first_col + cols < x.width ? from + cols : row_start<E>(x, at_most(first + i + count, x.total() - 1));
-    ahead->rows[i] = reinterpret_cast<const char*>(next);
+    ahead->rows[i] = next;
     A* to = block + i * BLOCK_COLS;
     int64_t col = 0;
-    if (x.stride_w == 1)
+    if (x.stride_w == 1 && cols == BLOCK_COLS) {
+      for (; col < BLOCK_COLS; col += LANES<A>) store(to + col, load(from + col));
+    } else if (x.stride_w == 1) {
       for (; col + LANES<A> <= cols; col += LANES<A>) store(to + col, load(from + col));
+    }
     for (; col < cols; col++) to[col] = widen(from[col * x.stride_w]);
     if (reading.dropout.below) {
       A factors[BLOCK_COLS];
@@ -153,14 +155,16 @@ inline void with_data(const Thin& thin, const Visit& visit) {
   }
 }
 
-// put(i, j, thin[first + i, j]) for all i < rows, j < cols, along the side that lies densely
+// put(i, j, thin[first + i, j]) for all i < rows, j < cols; column by column where that is how it lies or is wanted
 template <class A, class Put>
-inline void each_element(const Thin& thin, int64_t first, int64_t rows, int64_t cols, const Put& put) {
+inline void each_element(const Thin& thin, int64_t first, int64_t rows, int64_t cols, const Put& put,
+                         bool by_column = false) {
   with_data(thin, [&](const auto* data) {
     data += first * thin.stride_row;
-    if (thin.stride_row == 1) {
+    if (thin.stride_row == 1 || by_column) {
       for (int64_t j = 0; j < cols; j++)
-        for (int64_t i = 0; i < rows; i++) put(i, j, static_cast<A>(widen(data[i + j * thin.stride_col])));
+        for (int64_t i = 0; i < rows; i++)
+          put(i, j, static_cast<A>(widen(data[i * thin.stride_row + j * thin.stride_col])));
     } else {
       for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < cols; j++)

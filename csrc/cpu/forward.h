@@ -54,9 +54,9 @@ void shrink(const Shrink& p, Parallel parallel) {
   if (p.site == Site::adapter_input) reading.delta = static_cast<const A*>(p.delta);
   reading.mask = static_cast<const A*>(p.mask);
   run(parallel, row_tasks(rows), [&](int64_t task) {
-    const typename P::Session session;
+    [[maybe_unused]] const typename P::Session session;
     const int64_t first = task * BLOCK_ROWS, here = at_most(BLOCK_ROWS, rows - first);
-    Ahead ahead;
+    Ahead<typename P::Element> ahead;
     alignas(64) Packed block[BLOCK_ROWS * BLOCK_COLS];
     alignas(64) A sums[BLOCK_ROWS * MAX_RANK];
     std::memset(sums, 0, sizeof(A) * BLOCK_ROWS * padded);
@@ -82,44 +82,65 @@ int64_t linear_epilogue_work(const LinearEpilogue& p) {
   return P::wide_size(p.rank, p.width);
 }
 
+// y of one vector, given the adapter's share of it. What `Z_ALONE` promises is the common case: LoRA, z is y.
+template <class P, bool Z_ALONE>
+struct FinishLinear {
+  using A = typename P::A;
+  using E = typename P::Element;
+  E *y, *z;  // from the task's first row on
+  const E* base;
+  const A *gain, *bias, *delta, *mask;
+  int64_t first, per_sample, width;
+  bool store_z;
+
+  FinishLinear(const LinearEpilogue& p, int64_t first_row)
+      : y(static_cast<E*>(p.y) + first_row * p.width), z(static_cast<E*>(p.z)), base(static_cast<const E*>(p.base)),
+        gain(static_cast<const A*>(p.gain)), bias(static_cast<const A*>(p.bias)),
+        delta(static_cast<const A*>(p.delta)), mask(static_cast<const A*>(p.mask)), first(first_row),
+        per_sample(p.per_sample), width(p.width), store_z(p.store_z) {
+    if (z) z += first_row * width;
+    if (base) base += first_row * width;
+  }
+
+  void ahead(int64_t i, int64_t col) const {
+    if (Z_ALONE || z) __builtin_prefetch(z + i * width + col);
+  }
+
+  void operator()(int64_t i, int64_t col, int lanes, Vec<A> sum) const {
+    const int64_t at = i * width + col;
+    if constexpr (Z_ALONE) return store_part(y + at, sum + load_part(z + at, lanes), lanes);
+    const int64_t m = first + i;
+    Vec<A> product{};
+    if (z) {
+      product = load_part(z + at, lanes);
+      sum += product;
+      if (store_z) store_part(z + at, sum, lanes);
+    }
+    if (gain) sum *= load_part(gain + col, lanes);
+    if (base) sum += load_part(base + at, lanes) - product;
+    if (bias) sum += load_part(bias + col, lanes);
+    if (delta) sum += splat(mask[m]) * load_part(delta + m / per_sample * width + col, lanes);
+    store_part(y + at, sum, lanes);
+  }
+};
+
 template <class P>
 void linear_epilogue(const LinearEpilogue& p, Parallel parallel) {
   using A = typename P::A;
-  using E = typename P::Element;
   using Packed = typename P::Packed;
   const int64_t rows = p.samples * p.per_sample;
-  const Packed* wide = static_cast<const Packed*>(p.work);
+  const bool z_alone = p.z && !p.base && !p.gain && !p.bias && !p.delta && !p.store_z;
   pack_wide_all<P>(p.b, p.width, p.rank, p.work, parallel);
-  const A *gain = static_cast<const A*>(p.gain), *bias = static_cast<const A*>(p.bias);
-  const A *delta = static_cast<const A*>(p.delta), *mask = static_cast<const A*>(p.mask);
-  E *y = static_cast<E*>(p.y), *z = static_cast<E*>(p.z);
-  const E* base = static_cast<const E*>(p.base);
-  const bool plain = !gain && !bias && !delta && !z;
   run(parallel, row_tasks(rows), [&](int64_t task) {
-    const typename P::Session session;
+    [[maybe_unused]] const typename P::Session session;
     const int64_t first = task * BLOCK_ROWS, here = at_most(BLOCK_ROWS, rows - first);
     alignas(64) Packed s[BLOCK_ROWS * MAX_RANK];
     P::pack_spread(p.s, first, here, p.rank, A(1), s);
-    if (plain) {
-      P::spread(s, p.rank, wide, p.width, here, p.width, [&](int64_t i, int64_t col, int lanes, Vec<A> sum) {
-        store_part(y + (first + i) * p.width + col, sum, lanes);
-      });
-      return;
-    }
-    P::spread(s, p.rank, wide, p.width, here, p.width, [&](int64_t i, int64_t col, int lanes, Vec<A> sum) {
-      const int64_t m = first + i, at = m * p.width + col;
-      Vec<A> product{};
-      if (z) {
-        product = load_part(z + at, lanes);
-        sum += product;
-        if (p.store_z) store_part(z + at, sum, lanes);
-      }
-      if (gain) sum *= load_part(gain + col, lanes);
-      if (base) sum += load_part(base + at, lanes) - product;
-      if (bias) sum += load_part(bias + col, lanes);
-      if (delta) sum += splat(mask[m]) * load_part(delta + m / p.per_sample * p.width + col, lanes);
-      store_part(y + at, sum, lanes);
-    });
+    const Packed* wide = static_cast<const Packed*>(p.work);
+    if (z_alone)
+      P::spread(s, p.rank, wide, p.width, here, p.width, FinishLinear<P, true>(p, first));
+    else
+      P::spread(s, p.rank, wide, p.width, here, p.width, FinishLinear<P, false>(p, first));
   });
 }
 
@@ -127,6 +148,18 @@ template <class P>
 int64_t dora_norm_work(const DoraNorm& p) {
   return P::wide_size(p.rank, p.d_in);
 }
+
+// squares[i] += the squares of one vector of weight + scaling B A
+template <class A>
+struct AddSquares {
+  const A* weight;
+  Vec<A>* squares;
+  void ahead(int64_t, int64_t) const {}
+  void operator()(int64_t i, int64_t at, int lanes, Vec<A> sum) const {
+    sum += load_part(weight + i * BLOCK_COLS + at, lanes);
+    squares[i] += sum * sum;  // the lanes past the last column hold zeros
+  }
+};
 
 template <class P>
 void dora_norm(const DoraNorm& p, Parallel parallel) {
@@ -143,11 +176,7 @@ void dora_norm(const DoraNorm& p, Parallel parallel) {
       Thin strip = p.weight;
       with_data(strip, [&](const auto* data) { strip.data = data + col * strip.stride_col; });
       each_element<A>(strip, first, here, cols, [&](int64_t i, int64_t j, A value) { weight[i * BLOCK_COLS + j] = value; });
-      P::spread(b, p.rank, wide + P::wide_at(col, p.rank), p.d_in, here, cols,
-                [&](int64_t i, int64_t at, int lanes, Vec<A> sum) {
-                  sum += load_part(weight + i * BLOCK_COLS + at, lanes);
-                  squares[i] += sum * sum;  // the lanes past the last column hold zeros
-                });
+      P::spread(b, p.rank, wide + P::wide_at(col, p.rank), p.d_in, here, cols, AddSquares<A>{weight, squares});
     }
     for (int64_t i = 0; i < here; i++) {
       const A norm = square_root(sum_lanes<A>(squares[i])), floor = static_cast<A>(p.floor);
@@ -165,7 +194,7 @@ void drop(const Drop& p, Parallel parallel) {
   const Reading<A> reading{p.dropout};
   run(parallel, row_tasks(rows), [&](int64_t task) {
     const int64_t first = task * BLOCK_ROWS, here = at_most(BLOCK_ROWS, rows - first);
-    Ahead ahead;
+    Ahead<E> ahead;
     alignas(64) A block[BLOCK_ROWS * BLOCK_COLS];
     for (int64_t col = 0; col < p.x.width; col += BLOCK_COLS) {
       const int64_t cols = at_most(BLOCK_COLS, p.x.width - col);

@@ -6,55 +6,53 @@
 namespace echolora {
 namespace ECHOLORA_ISA {
 
-// out[i][:] += sum_j x[i * stride_i + j * stride_j] thin[j][:] for ROWS rows of VECTORS vectors. UNROLL independent
-// sums hide the latency of the additions where there are few rows.
-template <int ROWS, int VECTORS, int UNROLL, class A>
+// out[i][:] += sum_j x[i * stride_i + j * stride_j] thin[j][:] for ROWS rows of VECTORS vectors
+template <int ROWS, int VECTORS, class A, class Ahead>
 inline void gather_tile(const A* x, int64_t stride_i, int64_t stride_j, const A* thin, int64_t ld_thin, int64_t count,
                         A* out, int64_t ld_out, Ahead* ahead) {
-  Vec<A> sums[UNROLL][ROWS][VECTORS] = {};
-  int64_t j = 0;
-  for (; j + UNROLL <= count; j += UNROLL)
-    for (int u = 0; u < UNROLL; u++) {
-      ahead->touch();
-      Vec<A> b_thin[VECTORS];
-      for (int v = 0; v < VECTORS; v++) b_thin[v] = load(thin + (j + u) * ld_thin + v * LANES<A>);
-      for (int i = 0; i < ROWS; i++) {
-        const Vec<A> b_x = splat(x[i * stride_i + (j + u) * stride_j]);
-        for (int v = 0; v < VECTORS; v++) sums[u][i][v] += b_x * b_thin[v];
-      }
+  Vec<A> sums[ROWS][VECTORS] = {};
+  const auto step = [&](int64_t j) {
+    Vec<A> b_thin[VECTORS];
+    for (int v = 0; v < VECTORS; v++) b_thin[v] = load(thin + j * ld_thin + v * LANES<A>);
+    for (int i = 0; i < ROWS; i++) {
+      const Vec<A> b_x = splat(x[i * stride_i + j * stride_j]);
+      for (int v = 0; v < VECTORS; v++) sums[i][v] += b_x * b_thin[v];
     }
-  for (; j < count; j++)
-    for (int i = 0; i < ROWS; i++)
-      for (int v = 0; v < VECTORS; v++)
-        sums[0][i][v] += splat(x[i * stride_i + j * stride_j]) * load(thin + j * ld_thin + v * LANES<A>);
+  };
+  const int64_t line = ahead->at;
+  for (int64_t j = 0; j < count; j++) {
+    ahead->ask(line + j);
+    step(j);
+  }
+  ahead->at = line + count;
   for (int i = 0; i < ROWS; i++)
     for (int v = 0; v < VECTORS; v++) {
-      Vec<A> sum = sums[0][i][v];
-      for (int u = 1; u < UNROLL; u++) sum += sums[u][i][v];
       A* to = out + i * ld_out + v * LANES<A>;
-      store(to, load(to) + sum);
+      store(to, load(to) + sums[i][v]);
     }
 }
 
-template <int VECTORS, class A>
+template <int VECTORS, class A, class Ahead>
 inline void gather_some(const A* x, int64_t stride_i, int64_t stride_j, int64_t rows, const A* thin, int64_t ld_thin,
                         int64_t count, A* out, int64_t ld_out, Ahead* ahead) {
   constexpr int ROWS = VECTORS == 1 ? ACCUMULATORS / 3 * 2 : VECTORS == 2 ? ACCUMULATORS / 3 : ACCUMULATORS / VECTORS;
-  constexpr int UNROLL = 1;
   int64_t i = 0;
   for (; i + ROWS <= rows; i += ROWS)
-    gather_tile<ROWS, VECTORS, UNROLL>(x + i * stride_i, stride_i, stride_j, thin, ld_thin, count, out + i * ld_out, ld_out, ahead);
+    gather_tile<ROWS, VECTORS>(x + i * stride_i, stride_i, stride_j, thin, ld_thin, count, out + i * ld_out, ld_out, ahead);
   for (; i + 2 <= rows; i += 2)
-    gather_tile<2, VECTORS, 2>(x + i * stride_i, stride_i, stride_j, thin, ld_thin, count, out + i * ld_out, ld_out, ahead);
+    gather_tile<2, VECTORS>(x + i * stride_i, stride_i, stride_j, thin, ld_thin, count, out + i * ld_out, ld_out, ahead);
   if (i < rows)
-    gather_tile<1, VECTORS, 4>(x + i * stride_i, stride_i, stride_j, thin, ld_thin, count, out + i * ld_out, ld_out, ahead);
+    gather_tile<1, VECTORS>(x + i * stride_i, stride_i, stride_j, thin, ld_thin, count, out + i * ld_out, ld_out, ahead);
 }
 
 // One vector of finish(i, col, lanes, sums) for each of ROWS rows and VECTORS vectors: sums = sum_r thin[i][r] wide[r][:].
+// finish.ahead(i, col) asks for what finish will read at the same rows of the next strip.
 template <int ROWS, int VECTORS, class A, class Finish>
 inline void spread_tile(const A* thin, int64_t ld_thin, int64_t rank, const A* wide, int64_t ld_wide, int64_t row,
                         int64_t col, int64_t cols, const Finish& finish) {
   Vec<A> sums[ROWS][VECTORS] = {};
+  for (int i = 0; i < ROWS; i++)
+    for (int v = 0; v < VECTORS; v++) finish.ahead(row + i, col + (VECTORS + v) * LANES<A>);
   for (int64_t r = 0; r < rank; r++) {
     Vec<A> b_wide[VECTORS];
     for (int v = 0; v < VECTORS; v++) b_wide[v] = load(wide + r * ld_wide + col + v * LANES<A>);
@@ -88,7 +86,7 @@ struct Vectors {
   static int64_t sum_at(int64_t col, int64_t r, int64_t padded) { return col * padded + r; }
 
   static void read(const Rows& x, const Reading<A>& reading, int64_t first, int64_t count, int64_t first_col,
-                   int64_t cols, Packed* block, Ahead* ahead) {
+                   int64_t cols, Packed* block, Ahead<E>* ahead) {
     read_block<E>(x, reading, first, count, first_col, cols, block, ahead);
   }
 
@@ -116,18 +114,18 @@ struct Vectors {
     const int64_t padded = round_up(width, BLOCK_COLS);
     for (int64_t r = 0; r < rank; r++) std::memset(wide + r * padded + first, 0, sizeof(A) * BLOCK_COLS);
     each_element<A>(thin, first, at_most(BLOCK_COLS, width - first), rank,
-                    [&](int64_t n, int64_t r, A value) { wide[r * padded + first + n] = value; });
+                    [&](int64_t n, int64_t r, A value) { wide[r * padded + first + n] = value; }, true);
   }
 
   // sums[i][:] += sum_j block[i][j] packed[j][:]
   static void gather_rows(const Packed* block, int64_t rows, int64_t cols, const Packed* packed, int64_t padded, A* sums,
-                          Ahead* ahead) {
+                          Ahead<E>* ahead) {
     gather(block, BLOCK_COLS, 1, rows, packed, padded, cols, sums, ahead);
   }
 
   // sums[j][:] += sum_i block[i][j] thin[i][:]
   static void gather_cols(const Packed* block, int64_t rows, int64_t cols, const Packed* thin, int64_t padded, A* sums,
-                          Ahead* ahead) {
+                          Ahead<E>* ahead) {
     gather(block, 1, BLOCK_COLS, cols, thin, padded, rows, sums, ahead);
   }
 
@@ -150,7 +148,7 @@ struct Vectors {
  private:
   // out[i][:] += sum_j x[i * stride_i + j * stride_j] thin[j][:]
   static void gather(const A* x, int64_t stride_i, int64_t stride_j, int64_t rows, const A* thin, int64_t padded,
-                     int64_t count, A* out, Ahead* ahead) {
+                     int64_t count, A* out, Ahead<E>* ahead) {
     constexpr int MOST = ACCUMULATORS >= 24 ? 4 : 2;
     for (int64_t at = 0; at < padded;) {
       const int64_t left = (padded - at) / LANES<A>;
