@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "echolora_cuda.h"
@@ -26,53 +27,108 @@ constexpr int PAD = 16 / sizeof(E);
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <typename T>
-struct alignas(16) Chunk {
-  T v[CHUNK];
-};
-
-template <typename T>
-__device__ __forceinline__ void copy_words(Chunk<T>* to, const Chunk<T>* from) {
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Chunk<T>) / sizeof(uint4)); ++i)
-    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
-}
-
-template <typename T>
-__host__ __device__ __forceinline__ bool aligned(const T* p) {
+__host__ __device__ __forceinline__ bool aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % sizeof(uint4) == 0;
 }
 
-// The first `valid` elements of p[0], p[stride], ..., p[7 stride], and zeros; `vector` promises stride 1 and alignment.
+// Eight neighbours as they lie in memory. Kept as words: in variables of their own, 16-bit elements take twice the
+// registers.
 template <typename T>
-__device__ __forceinline__ Chunk<T> load_chunk(const T* p, int64_t stride, int valid, bool vector) {
-  Chunk<T> c;
-  if (vector && valid >= CHUNK) {
-    copy_words(&c, reinterpret_cast<const Chunk<T>*>(p));
-  } else {
+struct alignas(16) Chunk {
+  static constexpr int WORDS = CHUNK * sizeof(T) / sizeof(uint32_t);
+  uint32_t w[WORDS];
+};
+
+// Eight neighbours to compute with.
+template <typename A>
+struct Values {
+  A v[CHUNK];
+};
+
+template <typename T>
+__device__ __forceinline__ Values<Acc<T>> widen(const Chunk<T>& c) {
+  Values<Acc<T>> wide;
 #pragma unroll
-    for (int i = 0; i < CHUNK; ++i) c.v[i] = i < valid ? p[i * stride] : static_cast<T>(0.0f);
+  for (int i = 0; i < CHUNK; ++i) {
+    T element;
+    if constexpr (sizeof(T) == 2) {
+      const uint16_t bits = static_cast<uint16_t>(c.w[i / 2] >> 16 * (i % 2));
+      memcpy(&element, &bits, sizeof(T));
+    } else {
+      memcpy(&element, &c.w[i * sizeof(T) / sizeof(uint32_t)], sizeof(T));
+    }
+    wide.v[i] = static_cast<Acc<T>>(element);
+  }
+  return wide;
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(T low, T high) {
+  uint16_t bits[2];
+  memcpy(&bits[0], &low, sizeof(T));
+  memcpy(&bits[1], &high, sizeof(T));
+  return bits[0] | static_cast<uint32_t>(bits[1]) << 16;
+}
+
+template <typename T>
+__device__ __forceinline__ Chunk<T> narrow(const Values<Acc<T>>& wide) {
+  Chunk<T> c;
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < CHUNK / 2; ++i)
+      c.w[i] = pack(static_cast<T>(wide.v[2 * i]), static_cast<T>(wide.v[2 * i + 1]));
+  } else {
+    memcpy(&c, &wide, sizeof(c));
+  }
+  return c;
+}
+
+// All eight at once, 16 bytes at a time; `p` is aligned.
+template <typename T>
+__device__ __forceinline__ Chunk<T> read_chunk(const T* p) {
+  Chunk<T> c;
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::WORDS / 4; ++i) {
+    const uint4 w = reinterpret_cast<const uint4*>(p)[i];
+    c.w[4 * i] = w.x, c.w[4 * i + 1] = w.y, c.w[4 * i + 2] = w.z, c.w[4 * i + 3] = w.w;
   }
   return c;
 }
 
 template <typename T>
-__device__ __forceinline__ void store_chunk(T* p, const Chunk<T>& c, int valid, bool vector) {
-  if (vector && valid >= CHUNK) {
-    copy_words(reinterpret_cast<Chunk<T>*>(p), &c);
+__device__ __forceinline__ void write_chunk(T* p, const Chunk<T>& c) {
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::WORDS / 4; ++i)
+    reinterpret_cast<uint4*>(p)[i] = {c.w[4 * i], c.w[4 * i + 1], c.w[4 * i + 2], c.w[4 * i + 3]};
+}
+
+// The first `valid` elements of p[0], p[stride], ..., p[7 stride], and zeros; `vector` promises stride 1 and alignment.
+template <typename T>
+__device__ __forceinline__ Chunk<T> load_chunk(const T* p, int64_t stride, int valid, bool vector) {
+  if (vector && valid >= CHUNK) return read_chunk(p);
+  Chunk<T> c = {};
+  if constexpr (sizeof(T) == 2) {
+    const T zero = static_cast<T>(0.0f);
+#pragma unroll
+    for (int i = 0; i < CHUNK; i += 2)
+      c.w[i / 2] = pack(i < valid ? p[i * stride] : zero, i + 1 < valid ? p[(i + 1) * stride] : zero);
   } else {
 #pragma unroll
     for (int i = 0; i < CHUNK; ++i)
-      if (i < valid) p[i] = c.v[i];
+      if (i < valid) memcpy(&c.w[i * sizeof(T) / sizeof(uint32_t)], &p[i * stride], sizeof(T));
   }
+  return c;
 }
 
-template <typename To, typename From>
-__device__ __forceinline__ Chunk<To> convert(const Chunk<From>& from) {
-  Chunk<To> to;
+template <typename T>
+__device__ __forceinline__ void store_chunk(T* p, const Values<Acc<T>>& wide, int valid, bool vector) {
+  if (vector && valid >= CHUNK) {
+    write_chunk(p, narrow<T>(wide));
+  } else {
 #pragma unroll
-  for (int i = 0; i < CHUNK; ++i) to.v[i] = static_cast<To>(from.v[i]);
-  return to;
+    for (int i = 0; i < CHUNK; ++i)
+      if (i < valid) p[i] = static_cast<T>(wide.v[i]);
+  }
 }
 
 template <typename E>
@@ -90,32 +146,29 @@ struct Matrix {
 
   __device__ explicit Matrix(const echolora_matrix& m)
       : data(m.data), stride_row(m.stride_row), stride_col(m.stride_col), wide(m.dtype != TYPE_ID<E>),
-        vector(m.stride_col == 1 && m.stride_row % CHUNK == 0 && aligned(static_cast<const char*>(m.data))) {}
+        vector(m.stride_col == 1 && m.stride_row % CHUNK == 0 && aligned(m.data)) {}
 
   // eight neighbours of one row, `valid` of which exist
   __device__ __forceinline__ Chunk<E> load(int row, int col, int valid) const {
     const int64_t offset = row * stride_row + col * stride_col;
     if constexpr (!std::is_same_v<E, Acc<E>>)
-      if (wide) return convert<E>(load_chunk(static_cast<const Acc<E>*>(data) + offset, stride_col, valid, vector));
+      if (wide) return narrow<E>(widen(load_chunk(static_cast<const Acc<E>*>(data) + offset, stride_col, valid, vector)));
     return load_chunk(static_cast<const E*>(data) + offset, stride_col, valid, vector);
   }
 };
 
-// Contiguous [rows, width].
+// Contiguous [rows, width]; the element at (row, col) and those after it.
 template <typename T>
 struct Dense {
-  T* data;
+  const T* data;
   int width;
   bool vector;
 
-  __device__ Dense(T* p, int64_t columns)
-      : data(p), width(static_cast<int>(columns)), vector(columns % CHUNK == 0 && aligned(p)) {}
-  __device__ __forceinline__ T* at(int row, int col) const { return data + static_cast<int64_t>(row) * width + col; }
-  __device__ __forceinline__ Chunk<std::remove_const_t<T>> load(int row, int col) const {
-    return load_chunk<std::remove_const_t<T>>(at(row, col), 1, width - col, vector);
-  }
-  __device__ __forceinline__ void store(int row, int col, const Chunk<T>& c) const {
-    store_chunk(at(row, col), c, width - col, vector);
+  __device__ Dense(const void* p, int64_t columns)
+      : data(static_cast<const T*>(p)), width(static_cast<int>(columns)), vector(columns % CHUNK == 0 && aligned(p)) {}
+
+  __device__ __forceinline__ Values<Acc<T>> load(int row, int col) const {
+    return widen(load_chunk(data + static_cast<int64_t>(row) * width + col, 1, width - col, vector));
   }
 };
 
@@ -156,7 +209,7 @@ struct Dropout {
       : active(d.seed != nullptr), seed(active ? static_cast<uint64_t>(*d.seed) : 0), drop_below(d.drop_below),
         keep_scale(static_cast<Acc<E>>(d.keep_scale)), quads((width - 1) / QUAD + 1) {}
 
-  __device__ __forceinline__ void apply(Chunk<Acc<E>>& c, int row, int col) const {
+  __device__ __forceinline__ void apply(Values<Acc<E>>& c, int row, int col) const {
     const uint32_t keep = keep_bits<CHUNK>(seed, drop_below, row, col, quads);
 #pragma unroll
     for (int i = 0; i < CHUNK; ++i) c.v[i] = keep >> i & 1 ? c.v[i] * keep_scale : Acc<E>(0);
@@ -165,9 +218,9 @@ struct Dropout {
 
 // c += mask[row] delta[sample, :]
 template <typename A>
-__device__ __forceinline__ void add_echo(Chunk<A>& c, const Dense<const A>& delta, const A* mask, int row, int sample, int col) {
+__device__ __forceinline__ void add_echo(Values<A>& c, const Dense<A>& delta, const A* mask, int row, int sample, int col) {
   const A weight = mask[row];
-  const Chunk<A> d = delta.load(sample, col);
+  const Values<A> d = delta.load(sample, col);
 #pragma unroll
   for (int i = 0; i < CHUNK; ++i) c.v[i] += weight * d.v[i];
 }

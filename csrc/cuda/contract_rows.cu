@@ -52,7 +52,7 @@ size_t shared_bytes(bool need_ds) {
 }
 
 template <typename A>
-__device__ __forceinline__ void put_warp_sums(A* warp_sums, const Chunk<A>& sums) {
+__device__ __forceinline__ void put_warp_sums(A* warp_sums, const Values<A>& sums) {
 #pragma unroll
   for (int q = 0; q < CHUNK; ++q) warp_sums[threadIdx.x / WARP * COLS + threadIdx.x % WARP * CHUNK + q] = sums.v[q];
 }
@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(THREADS) contract_rows_kernel(const ContractPa
   const bool sums_here = SUMS && rank0 == 0;
   const Matrix<E> left(p.left), b(p.b);
   const Dropout<E> dropout(p.dropout, width);
-  const Dense<const A> delta(static_cast<const A*>(p.delta), width);
-  const Dense<const E> z(static_cast<const E*>(p.z), width);
+  const Dense<A> delta(p.delta, width);
+  const Dense<E> z(p.z, width);
   const A* gain = static_cast<const A*>(p.gain);
   const A* mask = static_cast<const A*>(p.mask);
 
@@ -95,9 +95,9 @@ __global__ void __launch_bounds__(THREADS) contract_rows_kernel(const ContractPa
     const int n = col0 + threadIdx.x;  // COLS threads
     const A g = gain != nullptr && n < width ? gain[n] : A(1);
     for (int r = 0; r < RANKS; r += CHUNK) {
-      const Chunk<E> c = b.load(n, rank0 + r, n < width ? rank - rank0 - r : 0);
+      const Values<A> v = widen(b.load(n, rank0 + r, n < width ? rank - rank0 - r : 0));
 #pragma unroll
-      for (int q = 0; q < CHUNK; ++q) b_tile[(r + q) * STRIDE + threadIdx.x] = static_cast<E>(static_cast<A>(c.v[q]) * g);
+      for (int q = 0; q < CHUNK; ++q) b_tile[(r + q) * STRIDE + threadIdx.x] = static_cast<E>(v.v[q] * g);
     }
   }
 
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(THREADS) contract_rows_kernel(const ContractPa
   };
 
   A acc[2][NT][4] = {};
-  Chunk<A> dbias = {}, dgain = {};
+  Values<A> dbias = {}, dgain = {};
   const int first = blockIdx.y * p.plan.split_tiles;
   const int last = first + p.plan.split_tiles < p.plan.tiles ? first + p.plan.split_tiles : p.plan.tiles;
   fetch(first);
@@ -125,18 +125,18 @@ __global__ void __launch_bounds__(THREADS) contract_rows_kernel(const ContractPa
       for (int i = threadIdx.x; i < LEFT_CHUNKS; i += THREADS) {
         const int row = i / NT, r = i % NT * CHUNK;
         const Chunk<E> c = left.load(row0 + row, rank0 + r, row < rows_here ? rank - rank0 - r : 0);
-        copy_words(reinterpret_cast<Chunk<E>*>(left_tile + row * LEFT_STRIDE + r), &c);
+        write_chunk(left_tile + row * LEFT_STRIDE + r, c);
       }
-    Chunk<A> ddelta = {};
+    Values<A> ddelta = {};
 #pragma unroll
     for (int i = 0; i < FETCHES; ++i) {
       const int local = warp + i * WARPS, row = row0 + local;
       if (local < rows_here) {
-        Chunk<A> wide = convert<A>(next[i]);
+        Values<A> wide = widen(next[i]);
         if (SUMS) {
           if (sums_here) {
-            Chunk<A> v_z = {};
-            if (p.dgain != nullptr) v_z = convert<A>(z.load(row, col));
+            Values<A> v_z = {};
+            if (p.dgain != nullptr) v_z = z.load(row, col);
             const A weight = p.ddelta != nullptr ? mask[row] : A(0);
 #pragma unroll
             for (int q = 0; q < CHUNK; ++q) {
@@ -148,10 +148,10 @@ __global__ void __launch_bounds__(THREADS) contract_rows_kernel(const ContractPa
         } else if (dropout.active || p.delta != nullptr) {
           if (dropout.active) dropout.apply(wide, row, col);
           if (p.delta != nullptr) add_echo(wide, delta, mask, row, sample, col);
-          next[i] = convert<E>(wide);
+          next[i] = narrow<E>(wide);
         }
       }
-      copy_words(reinterpret_cast<Chunk<E>*>(tile + local * STRIDE + lane * CHUNK), &next[i]);
+      write_chunk(tile + local * STRIDE + lane * CHUNK, next[i]);
     }
     if (sums_here && p.ddelta != nullptr) put_warp_sums(warp_sums, ddelta);
     __syncthreads();

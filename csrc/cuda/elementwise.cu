@@ -26,14 +26,15 @@ template <typename E>
 __global__ void __launch_bounds__(THREADS) drop_kernel(const echolora_drop_args p) {
   const Rows<E> x(p.x);
   const Dropout<E> dropout(p.dropout, x.width);
-  const Dense<E> out(static_cast<E*>(p.out), x.width);
+  E* out = static_cast<E*>(p.out);
+  const bool vector = x.width % CHUNK == 0 && aligned(out);
   const int col = static_cast<int>((static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * CHUNK);
   if (col >= x.width) return;
   const int64_t rows = p.x.samples * p.x.length;
   for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
-    Chunk<Acc<E>> wide = convert<Acc<E>>(x.load(x.offset(static_cast<int>(row)), col, true));
+    Values<Acc<E>> wide = widen(x.load(x.offset(static_cast<int>(row)), col, true));
     dropout.apply(wide, static_cast<int>(row), col);
-    out.store(static_cast<int>(row), col, convert<E>(wide));
+    store_chunk(out + row * x.width + col, wide, x.width - col, vector);
   }
 }
 

@@ -14,6 +14,7 @@ namespace {
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
 constexpr int COLS = THREADS;  // each thread fetches the factor of one column
+constexpr int ROWS = 16;       // at a time
 
 enum class Epilogue { LINEAR, INPUT, SQUARES };
 
@@ -31,20 +32,30 @@ struct ExpandParams {
   void *z, *out;
 };
 
-// In 16 rows the lane owns two; fewer of them at a time where their elements take more registers.
-template <typename C>
-constexpr int MT = sizeof(C) == 8 ? 1 : 2;
+// Blocks per processor: while one waits for memory, another multiplies. More would not fit in registers.
+template <typename C, bool VECTOR>
+constexpr int BLOCKS = VECTOR && sizeof(C) < 8 ? (sizeof(C) == 2 ? 3 : 2) : 1;
 
 template <typename C>
 size_t shared_bytes(int rank_step) {
-  return ((COLS + 16 * MT<C>) * (rank_step + PAD<C>) + COLS / 8 * 2 * PAD<C>) * sizeof(C);
+  return ((COLS + ROWS) * (rank_step + PAD<C>) + COLS / 8 * 2 * PAD<C>) * sizeof(C);
+}
+
+// To an accumulator that may be wider than the element's own.
+template <typename A, typename E>
+__device__ __forceinline__ Values<A> widened(const Chunk<E>& c) {
+  const Values<Acc<E>> wide = widen(c);
+  Values<A> v;
+#pragma unroll
+  for (int q = 0; q < CHUNK; ++q) v.v[q] = static_cast<A>(wide.v[q]);
+  return v;
 }
 
 // C is the type that the product is computed in, E that of the wide tensors.
-template <Epilogue EPILOGUE, typename E, typename C>
-__global__ void __launch_bounds__(THREADS, 2) expand_kernel(const ExpandParams p) {
+// VECTOR: all of the wide tensors and per-column vectors can be read 16 bytes at a time.
+template <Epilogue EPILOGUE, bool VECTOR, typename E, typename C>
+__global__ void __launch_bounds__(THREADS, BLOCKS<C, VECTOR>) expand_kernel(const ExpandParams p) {
   using A = Acc<C>;
-  constexpr int ROWS = 16 * MT<C>;
   constexpr bool SQUARES = EPILOGUE == Epilogue::SQUARES;
   extern __shared__ uint4 shared[];
   __shared__ A squares[SQUARES ? WARPS * ROWS : 1];
@@ -56,45 +67,41 @@ __global__ void __launch_bounds__(THREADS, 2) expand_kernel(const ExpandParams p
   const int rank = static_cast<int>(p.rank), width = static_cast<int>(p.width), rows = static_cast<int>(p.rows);
   const int col0 = blockIdx.x * COLS, col = col0 + WARP * warp + CHUNK * (lane % 4);
   const Matrix<C> left(p.left), right(p.right);
-  const Dense<const E> added(static_cast<const E*>(p.added), width), other(static_cast<const E*>(p.other), width);
-  const Dense<E> z(static_cast<E*>(p.z), width), out(static_cast<E*>(p.out), width);
-  const Dropout<C> dropout(p.dropout, width);
-  Chunk<A> gain, bias;
-  if constexpr (EPILOGUE == Epilogue::LINEAR) {
-    if (p.gain != nullptr) gain = Dense<const A>(static_cast<const A*>(p.gain), width).load(0, col);
-    if (p.bias != nullptr) bias = Dense<const A>(static_cast<const A*>(p.bias), width).load(0, col);
-  }
+  const A *gain = static_cast<const A*>(p.gain), *bias = static_cast<const A*>(p.bias);
+  const E *added = static_cast<const E*>(p.added), *other = static_cast<const E*>(p.other);
+  E *z = static_cast<E*>(p.z), *out = static_cast<E*>(p.out);
+  const A* delta = static_cast<const A*>(p.delta);
+  const int here = VECTOR ? (col < width ? CHUNK : 0) : width - col;  // columns of the lane that exist
 
   const int rank_chunks = p.rank_step / CHUNK;
   const int left_row = threadIdx.x / rank_chunks, left_rank = threadIdx.x % rank_chunks * CHUNK;
   const int begin = static_cast<int>(blockIdx.y * p.block_rows);
   const int end = static_cast<int>(begin + p.block_rows < rows ? begin + p.block_rows : rows);
   for (int row0 = begin; row0 < end; row0 += ROWS) {
-    // on their way while the factors are fetched and multiplied
-    Chunk<E> v_added[MT<C>][2], v_other[MT<C>][2];
+    // on their way while the factors are fetched and multiplied; registers for one tensor, and seldom are there two
+    const E* early = added != nullptr ? added : other;
+    Chunk<E> v_early[2];
 #pragma unroll
-    for (int i = 0; i < MT<C>; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row0 + 16 * i + 8 * half + lane / 4;
-        if (row >= rows) continue;
-        if (p.added != nullptr) v_added[i][half] = added.load(row, col);
-        if (!SQUARES && p.other != nullptr) v_other[i][half] = other.load(row, col);
-      }
+    for (int half = 0; half < 2; ++half) {
+      const int row = row0 + 8 * half + lane / 4;
+      const int64_t at = static_cast<int64_t>(row) * width + col;
+      if (early != nullptr) v_early[half] = load_chunk(early + at, 1, row < rows ? here : 0, VECTOR);
+    }
 
-    A acc[MT<C>][4][4] = {};
+    A acc[1][4][4] = {};
     for (int rank0 = 0; rank0 < rank; rank0 += p.rank_step) {
       __syncthreads();  // every warp is done with the previous tiles
       if (left_row < ROWS) {
         const int row = row0 + left_row, r = rank0 + left_rank;
         const Chunk<C> c = left.load(row, r, row < rows ? rank - r : 0);
-        copy_words(reinterpret_cast<Chunk<C>*>(left_tile + left_row * stride + left_rank), &c);
+        write_chunk(left_tile + left_row * stride + left_rank, c);
       }
       if (row0 == begin || rank > p.rank_step) {
         const int right_row = col0 + threadIdx.x;
+#pragma unroll 1
         for (int r = 0; r < p.rank_step; r += CHUNK) {
           const Chunk<C> c = right.load(right_row, rank0 + r, right_row < width ? rank - rank0 - r : 0);
-          copy_words(reinterpret_cast<Chunk<C>*>(right_tile + packed_offset<C>(threadIdx.x, stride) + r), &c);
+          write_chunk(right_tile + packed_offset<C>(threadIdx.x, stride) + r, c);
         }
       }
       __syncthreads();
@@ -103,54 +110,60 @@ __global__ void __launch_bounds__(THREADS, 2) expand_kernel(const ExpandParams p
     }
 
 #pragma unroll
-    for (int i = 0; i < MT<C>; ++i)
+    for (int half = 0; half < 2; ++half) {
+      const int local = 8 * half + lane / 4, row = row0 + local;
+      Values<A> v, before = {};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int local = 16 * i + 8 * half + lane / 4, row = row0 + local;
-        Chunk<A> v;
+      for (int q = 0; q < CHUNK; ++q) v.v[q] = acc[0][q / 2][2 * half + q % 2];
+      if (added != nullptr) before = widened<A>(v_early[half]);
+      if constexpr (SQUARES) {
+        A sum = 0;
 #pragma unroll
-        for (int q = 0; q < CHUNK; ++q) v.v[q] = acc[i][q / 2][2 * half + q % 2];
-        if constexpr (SQUARES) {
-          A sum = 0;
-#pragma unroll
-          for (int q = 0; q < CHUNK; ++q) {
-            // columns and rows past the end are zero in both terms
-            const A w = row < rows ? static_cast<A>(v_added[i][half].v[q]) : A(0);
-            const A element = w + static_cast<A>(p.scaling) * v.v[q];
-            sum += element * element;
-          }
-          sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-          sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-          if (lane % 4 == 0) squares[warp * ROWS + local] = sum;
-          continue;
+        for (int q = 0; q < CHUNK; ++q) {
+          const A element = before.v[q] + static_cast<A>(p.scaling) * v.v[q];  // zero past the end
+          sum += element * element;
         }
-        if (row >= rows) continue;
-        if (EPILOGUE == Epilogue::LINEAR) {
-          Chunk<A> rest = {};  // what neither the gain nor z contains
-#pragma unroll
-          for (int q = 0; q < CHUNK; ++q) {
-            const A before = p.added != nullptr ? static_cast<A>(v_added[i][half].v[q]) : A(0);
-            v.v[q] += before;
-            if (p.other != nullptr) rest.v[q] = static_cast<A>(v_other[i][half].v[q]) - before;
-            if (p.bias != nullptr) rest.v[q] += bias.v[q];
-          }
-          if (p.delta != nullptr)
-            add_echo(rest, Dense<const A>(static_cast<const A*>(p.delta), width), static_cast<const A*>(p.mask), row,
-                     p.length == p.rows ? 0 : row / static_cast<int>(p.length), col);
-          if (p.z != nullptr) z.store(row, col, convert<E>(v));
-#pragma unroll
-          for (int q = 0; q < CHUNK; ++q) v.v[q] = (p.gain != nullptr ? gain.v[q] * v.v[q] : v.v[q]) + rest.v[q];
-        } else {
-#pragma unroll
-          for (int q = 0; q < CHUNK; ++q)
-            if (p.added != nullptr) v.v[q] += static_cast<A>(v_added[i][half].v[q]);
-          if (dropout.active) dropout.apply(v, row, col);
-#pragma unroll
-          for (int q = 0; q < CHUNK; ++q)
-            if (p.other != nullptr) v.v[q] += static_cast<A>(v_other[i][half].v[q]);
-        }
-        out.store(row, col, convert<E>(v));
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (lane % 4 == 0) squares[warp * ROWS + local] = sum;
+        continue;
       }
+      if (row >= rows) continue;
+      const int64_t at = static_cast<int64_t>(row) * width + col;
+#pragma unroll
+      for (int q = 0; q < CHUNK; ++q) v.v[q] += before.v[q];
+      Values<A> rest = {};
+      if (other != nullptr)
+        rest = widened<A>(added != nullptr ? load_chunk(other + at, 1, here, VECTOR) : v_early[half]);
+      if (EPILOGUE == Epilogue::LINEAR) {
+        if (z != nullptr) store_chunk(z + at, v, here, VECTOR);
+        if (gain != nullptr) {
+          const Values<A> g = widen(load_chunk(gain + col, 1, here, VECTOR));
+#pragma unroll
+          for (int q = 0; q < CHUNK; ++q) v.v[q] *= g.v[q];
+        }
+        if (other != nullptr)
+#pragma unroll
+          for (int q = 0; q < CHUNK; ++q) rest.v[q] -= before.v[q];
+        if (bias != nullptr) {
+          const Values<A> c = widen(load_chunk(bias + col, 1, here, VECTOR));
+#pragma unroll
+          for (int q = 0; q < CHUNK; ++q) rest.v[q] += c.v[q];
+        }
+        if (delta != nullptr) {
+          const int sample = p.length == p.rows ? 0 : row / static_cast<int>(p.length);
+          const A weight = static_cast<const A*>(p.mask)[row];
+          const Values<A> d = widen(load_chunk(delta + static_cast<int64_t>(sample) * width + col, 1, here, VECTOR));
+#pragma unroll
+          for (int q = 0; q < CHUNK; ++q) rest.v[q] += weight * d.v[q];
+        }
+      } else if (p.dropout.seed != nullptr) {
+        Dropout<C>(p.dropout, width).apply(v, row, col);  // read here: the seed would take registers until now
+      }
+#pragma unroll
+      for (int q = 0; q < CHUNK; ++q) v.v[q] += rest.v[q];
+      store_chunk(out + at, v, here, VECTOR);
+    }
 
     if constexpr (SQUARES) {
       __syncthreads();
@@ -179,7 +192,6 @@ __global__ void __launch_bounds__(THREADS)
 
 template <Epilogue EPILOGUE, typename E, typename C>
 int launch_expand(ExpandParams p, void* stream) {
-  constexpr int ROWS = 16 * MT<C>;
   // wider elements leave room for less of the rank
   const int64_t most = 128 / static_cast<int64_t>(sizeof(C)), rank = ceil_div(p.rank, 16) * 16;
   p.rank_step = static_cast<int>(rank < most ? rank : most);
@@ -191,7 +203,12 @@ int launch_expand(ExpandParams p, void* stream) {
   constexpr int64_t MOST_BLOCKS = 65535;
   if (ceil_div(p.rows, p.block_rows) > MOST_BLOCKS) p.block_rows = ceil_div(ceil_div(p.rows, MOST_BLOCKS), ROWS) * ROWS;
   const dim3 grid(static_cast<unsigned>(col_tiles), static_cast<unsigned>(ceil_div(p.rows, p.block_rows)));
-  return launch(expand_kernel<EPILOGUE, E, C>, grid, THREADS, shared_bytes<C>(p.rank_step), stream, p);
+  bool vector = p.width % CHUNK == 0;
+  for (const void* tensor : {p.added, p.other, p.gain, p.bias, p.delta, static_cast<const void*>(p.z)})
+    vector = vector && aligned(tensor);
+  if (EPILOGUE != Epilogue::SQUARES) vector = vector && aligned(p.out);
+  return launch(vector ? expand_kernel<EPILOGUE, true, E, C> : expand_kernel<EPILOGUE, false, E, C>, grid, THREADS,
+                shared_bytes<C>(p.rank_step), stream, p);
 }
 
 template <typename E, typename C>

@@ -26,6 +26,7 @@ __device__ __forceinline__ void multiply_tiles(Acc<E> (&acc)[MT][NT][4], const E
   const int lane = threadIdx.x % WARP;
   if constexpr (sizeof(E) == 2) {
     const int low = lane % 8, middle = lane / 8 % 2, high = lane / 16;
+#pragma unroll 1
     for (int k = 0; k < depth; k += 16) {
       uint32_t f_a[MT][4];
 #pragma unroll
@@ -43,10 +44,11 @@ __device__ __forceinline__ void multiply_tiles(Acc<E> (&acc)[MT][NT][4], const E
     }
   } else {
     const int g = lane / 4, t = lane % 4;
-    constexpr int STEP = BY_DEPTH ? 1 : 4;  // along a row, four elements come in one load
+    constexpr int STEP = 4;  // along a row, four elements come in one load
     struct alignas(16) Step {
       E v[4];
     };
+#pragma unroll 1
     for (int k = 0; k < depth; k += STEP) {
       E v_a[MT][2][STEP];
 #pragma unroll
@@ -55,7 +57,8 @@ __device__ __forceinline__ void multiply_tiles(Acc<E> (&acc)[MT][NT][4], const E
         for (int half = 0; half < 2; ++half) {
           const int row = 16 * i + 8 * half + g;
           if constexpr (BY_DEPTH) {
-            v_a[i][half][0] = a[k * a_stride + row];
+#pragma unroll
+            for (int q = 0; q < STEP; ++q) v_a[i][half][q] = a[(k + q) * a_stride + row];
           } else {
             const Step s = *reinterpret_cast<const Step*>(a + row * a_stride + k);
 #pragma unroll
@@ -68,7 +71,8 @@ __device__ __forceinline__ void multiply_tiles(Acc<E> (&acc)[MT][NT][4], const E
         for (int odd = 0; odd < 2; ++odd) {
           E v_b[STEP];
           if constexpr (BY_DEPTH) {
-            v_b[0] = b[k * b_stride + 8 * j + 2 * t + odd];
+#pragma unroll
+            for (int q = 0; q < STEP; ++q) v_b[q] = b[(k + q) * b_stride + 8 * j + 2 * t + odd];
           } else {
             const E* row = PACKED ? b + packed_offset<E>(8 * t + 2 * j + odd, b_stride) : b + (8 * j + 2 * t + odd) * b_stride;
             const Step s = *reinterpret_cast<const Step*>(row + k);

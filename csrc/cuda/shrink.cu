@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(THREADS) shrink_kernel(const echolora_shrink_a
   const Rows<E> x(p.x);
   const Matrix<E> a(p.a);
   const Dropout<E> dropout(p.dropout, x.width);
-  const Dense<const A> delta(static_cast<const A*>(p.delta), p.site == RANK ? p.rank : x.width);
-  const Dense<const A> gain(static_cast<const A*>(p.gain), x.width);
+  const Dense<A> delta(p.delta, p.site == RANK ? p.rank : x.width);
+  const Dense<A> gain(p.gain, x.width);
   const A* mask = static_cast<const A*>(p.mask);
   const int rows = static_cast<int>(plan.rows), rank = static_cast<int>(p.rank);
   // blocks of the same rows run side by side, so that x comes from memory once
@@ -85,24 +85,24 @@ __global__ void __launch_bounds__(THREADS) shrink_kernel(const echolora_shrink_a
     for (int i = 0; i < X_CHUNKS; ++i) {
       const int local = x_row + i * ROW_STEP, row = row0 + local, col = k + x_col;
       if (dropout.active || p.site == ADAPTER_INPUT) {
-        Chunk<A> wide = convert<A>(next_x[i]);
+        Values<A> wide = widen(next_x[i]);
         if (dropout.active) dropout.apply(wide, row, col);
         if (p.site == ADAPTER_INPUT && row < rows) add_echo(wide, delta, mask, row, x.sample(row), col);
-        next_x[i] = convert<E>(wide);
+        next_x[i] = narrow<E>(wide);
       }
-      copy_words(reinterpret_cast<Chunk<E>*>(x_tile + local * STRIDE + x_col), &next_x[i]);
+      write_chunk(x_tile + local * STRIDE + x_col, next_x[i]);
     }
 #pragma unroll
     for (int i = 0; i < A_CHUNKS; ++i) {
       const int local = a_row + i * a_row_step, col = a_col + i * a_col_step;
       if (p.gain != nullptr) {
-        Chunk<A> wide = convert<A>(next_a[i]);
-        const Chunk<A> g = gain.load(0, k + col);
+        Values<A> wide = widen(next_a[i]);
+        const Values<A> g = gain.load(0, k + col);
 #pragma unroll
         for (int q = 0; q < CHUNK; ++q) wide.v[q] *= g.v[q];
-        next_a[i] = convert<E>(wide);
+        next_a[i] = narrow<E>(wide);
       }
-      copy_words(reinterpret_cast<Chunk<E>*>(a_tile + local * STRIDE + col), &next_a[i]);
+      write_chunk(a_tile + local * STRIDE + col, next_a[i]);
     }
   };
 
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(THREADS) shrink_kernel(const echolora_shrink_a
       const int row = row0 + 16 * warp + lane / 4 + 8 * (e / 2), r = rank0 + 8 * j + 2 * (lane % 4) + e % 2;
       if (row >= rows || r >= rank) continue;
       A v = acc[0][j][e];
-      if (p.site == RANK && split == 0) v += mask[row] * *delta.at(x.sample(row), r);
+      if (p.site == RANK && split == 0) v += mask[row] * static_cast<const A*>(p.delta)[static_cast<int64_t>(x.sample(row)) * rank + r];
       v *= static_cast<A>(p.scaling);
       const int64_t offset = static_cast<int64_t>(row) * rank + r;
       if (plan.splits > 1 || p.out_wide)
