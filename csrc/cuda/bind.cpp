@@ -113,7 +113,7 @@ echolora_matrix matrix(const Tensor& t, const char* name, int64_t rows, int64_t 
   want_device(t, name, like);
   const ScalarType narrow = like.scalar_type(), wide = accumulator(narrow);
   STD_TORCH_CHECK(t.scalar_type() == narrow || t.scalar_type() == wide, name, ": got dtype ", name_of(t.scalar_type()),
-                  ", wants ", name_of(narrow), " or ", name_of(wide));
+                  ", wants ", name_of(wide), narrow == wide ? "" : " or ", narrow == wide ? "" : name_of(narrow));
   return {t.data_ptr(), dtype_of(t, name), t.stride(0), t.stride(1)};
 }
 
@@ -130,7 +130,8 @@ echolora_dropout dropout(const Maybe& seed, int64_t drop_below, double keep_scal
 }
 
 void want_mask(const Maybe& delta, const Maybe& mask) {
-  STD_TORCH_CHECK(delta.has_value() == mask.has_value(), "mask: got ", mask ? "a tensor" : "None", ", wants it with delta only");
+  STD_TORCH_CHECK(delta.has_value() == mask.has_value(), "mask: got ", mask ? "a tensor without delta" : "None beside delta",
+                  ", wants both or neither");
 }
 
 Tensor output(const Tensor& like, const Shape& shape, ScalarType type) {

@@ -13,9 +13,13 @@ constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
 constexpr int COLS = WARP * CHUNK;  // a warp reads one row of a tile at a time
 
-// Rows of a tile: what fits in shared memory beside B.
-template <typename E>
-constexpr int ROWS = 128 / sizeof(E);
+// Rows of a tile: what fits in shared memory beside B, and in registers beside the sums of a thick adapter.
+template <typename E, int NT>
+constexpr int ROWS = NT == 8 ? 32 : 128 / sizeof(E);
+
+// Blocks per processor that registers have room for.
+template <typename E, int NT, bool SUMS>
+constexpr int BLOCKS = SUMS && (sizeof(E) == 8 || NT == 8) ? 1 : 2;
 
 struct Plan {
   int rank_tiles;    // 8 ranks each, per block
@@ -47,7 +51,7 @@ struct ContractParams {
 
 template <typename E, int NT, bool SUMS>
 size_t shared_bytes(bool need_ds) {
-  const size_t tiles = ROWS<E> * (COLS + PAD<E>) + ROWS<E> * (8 * NT + PAD<E>) + (need_ds ? 8 * NT * (COLS + PAD<E>) : 0);
+  const size_t tiles = ROWS<E, NT> * (COLS + PAD<E>) + ROWS<E, NT> * (8 * NT + PAD<E>) + (need_ds ? 8 * NT * (COLS + PAD<E>) : 0);
   return tiles * sizeof(E) + (SUMS ? WARPS * COLS * sizeof(Acc<E>) : 0);
 }
 
@@ -67,14 +71,14 @@ __device__ __forceinline__ A column_sum(const A* warp_sums) {
 
 // SUMS: some of dbias, dgain and ddelta are wanted.
 template <typename E, int NT, bool SUMS>
-__global__ void __launch_bounds__(THREADS) contract_rows_kernel(const ContractParams p) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<E, NT, SUMS>) contract_rows_kernel(const ContractParams p) {
   using A = Acc<E>;
   constexpr int RANKS = 8 * NT, STRIDE = COLS + PAD<E>, LEFT_STRIDE = RANKS + PAD<E>;
-  constexpr int FETCHES = ROWS<E> / WARPS, LEFT_CHUNKS = ROWS<E> * NT;
+  constexpr int FETCHES = ROWS<E, NT> / WARPS, LEFT_CHUNKS = ROWS<E, NT> * NT;
   extern __shared__ uint4 shared[];
   E* tile = reinterpret_cast<E*>(shared);                                             // [row][column]
-  E* left_tile = tile + ROWS<E> * STRIDE;                                             // [row][rank]
-  A* warp_sums = reinterpret_cast<A*>(left_tile + ROWS<E> * LEFT_STRIDE);             // [warp][column]
+  E* left_tile = tile + ROWS<E, NT> * STRIDE;                                             // [row][rank]
+  A* warp_sums = reinterpret_cast<A*>(left_tile + ROWS<E, NT> * LEFT_STRIDE);             // [warp][column]
   E* b_tile = reinterpret_cast<E*>(warp_sums + (SUMS ? WARPS * COLS : 0));            // [rank][column]
 
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -103,7 +107,7 @@ __global__ void __launch_bounds__(THREADS) contract_rows_kernel(const ContractPa
 
   Chunk<E> next[FETCHES];
   const auto fetch = [&](int i_tile) {
-    const int sample = i_tile / p.plan.sample_tiles, t0 = (i_tile - sample * p.plan.sample_tiles) * ROWS<E>;
+    const int sample = i_tile / p.plan.sample_tiles, t0 = (i_tile - sample * p.plan.sample_tiles) * ROWS<E, NT>;
 #pragma unroll
     for (int i = 0; i < FETCHES; ++i) {
       const int t = t0 + warp + i * WARPS;
@@ -117,8 +121,8 @@ __global__ void __launch_bounds__(THREADS) contract_rows_kernel(const ContractPa
   const int last = first + p.plan.split_tiles < p.plan.tiles ? first + p.plan.split_tiles : p.plan.tiles;
   fetch(first);
   for (int i_tile = first; i_tile < last; ++i_tile) {
-    const int sample = i_tile / p.plan.sample_tiles, t0 = (i_tile - sample * p.plan.sample_tiles) * ROWS<E>;
-    const int row0 = sample * length + t0, rows_here = length - t0 < ROWS<E> ? length - t0 : ROWS<E>;
+    const int sample = i_tile / p.plan.sample_tiles, t0 = (i_tile - sample * p.plan.sample_tiles) * ROWS<E, NT>;
+    const int row0 = sample * length + t0, rows_here = length - t0 < ROWS<E, NT> ? length - t0 : ROWS<E, NT>;
 
     __syncthreads();  // every warp is done with the previous tiles
     if (p.product != nullptr)
@@ -160,9 +164,9 @@ __global__ void __launch_bounds__(THREADS) contract_rows_kernel(const ContractPa
     if (sums_here && p.ddelta != nullptr && col0 + threadIdx.x < width)
       static_cast<A*>(p.ddelta)[static_cast<int64_t>(i_tile) * width + col0 + threadIdx.x] = column_sum(warp_sums);
     if (p.product != nullptr)
-      multiply_tiles<E, true, false>(acc, tile + WARP * warp, STRIDE, left_tile, LEFT_STRIDE, ROWS<E>);
+      multiply_tiles<E, true, false>(acc, tile + WARP * warp, STRIDE, left_tile, LEFT_STRIDE, ROWS<E, NT>);
     if (p.ds != nullptr) {
-      constexpr int ROW_TILES = ROWS<E> / 16;
+      constexpr int ROW_TILES = ROWS<E, NT> / 16;
       for (int i = warp; i < ROW_TILES * NT; i += WARPS) {
         const int local = i % ROW_TILES * 16, r = i / ROW_TILES * 8;
         A v[1][1][4] = {};
@@ -203,13 +207,18 @@ __global__ void __launch_bounds__(THREADS) contract_rows_kernel(const ContractPa
 }
 
 Plan plan_of(const echolora_rows& rows, int64_t rank) {
-  const int row_step = rows.dtype == ECHOLORA_FLOAT64   ? ROWS<double>
-                       : rows.dtype == ECHOLORA_FLOAT32 ? ROWS<float>
-                                                        : ROWS<__half>;
   Plan plan;
-  plan.rank_tiles = rank <= 16 || rows.dtype == ECHOLORA_FLOAT64   ? 2
-                    : rank <= 32 || rows.dtype == ECHOLORA_FLOAT32 ? 4
-                                                                   : 8;
+  int row_step;
+  if (rows.dtype == ECHOLORA_FLOAT64) {
+    plan.rank_tiles = 2;
+    row_step = ROWS<double, 2>;
+  } else if (rows.dtype == ECHOLORA_FLOAT32) {
+    plan.rank_tiles = rank <= 16 ? 2 : 4;
+    row_step = ROWS<float, 4>;
+  } else {
+    plan.rank_tiles = rank <= 16 ? 2 : rank <= 32 ? 4 : 8;
+    row_step = plan.rank_tiles == 8 ? ROWS<__half, 8> : ROWS<__half, 4>;
+  }
   plan.rank_chunks = static_cast<int>(ceil_div(rank, 8 * plan.rank_tiles));
   plan.col_tiles = static_cast<int>(ceil_div(rows.width, COLS));
   plan.sample_tiles = static_cast<int>(ceil_div(rows.length, row_step));

@@ -37,8 +37,12 @@ Plan plan_of(const echolora_shrink_args& p) {
   return plan;
 }
 
+// Blocks per processor that registers have room for.
 template <typename E, int NT>
-__global__ void __launch_bounds__(THREADS) shrink_kernel(const echolora_shrink_args p, const Plan plan) {
+constexpr int BLOCKS = sizeof(E) == 2 ? (NT == 2 ? 5 : NT == 4 ? 4 : 3) : sizeof(E) == 4 && NT == 2 ? 4 : 2;
+
+template <typename E, int NT>
+__global__ void __launch_bounds__(THREADS, BLOCKS<E, NT>) shrink_kernel(const echolora_shrink_args p, const Plan plan) {
   using A = Acc<E>;
   constexpr int RANKS = 8 * NT, STRIDE = DEPTH + PAD<E>;
   constexpr int X_CHUNKS = ROWS * CHUNKS / THREADS, A_CHUNKS = RANKS * CHUNKS / THREADS;
