@@ -1,4 +1,4 @@
-// The CUDA implementations of the echolora operators: checks, outputs and workspaces, then the C interface of the kernels.
+// The CUDA implementations of the echolora operators: checks, outputs and workspaces around the C interface.
 //
 // Only torch's stable ABI is used, so that one build serves every torch from 2.11 on, with or without CUDA.
 
@@ -50,13 +50,16 @@ const char* name_of(ScalarType type) { return torch::headeronly::toString(type);
 
 int dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Half: return ECHOLORA_FLOAT16;
-    case ScalarType::BFloat16: return ECHOLORA_BFLOAT16;
-    case ScalarType::Float: return ECHOLORA_FLOAT32;
-    case ScalarType::Double: return ECHOLORA_FLOAT64;
+    case ScalarType::Half:
+      return ECHOLORA_FLOAT16;
+    case ScalarType::BFloat16:
+      return ECHOLORA_BFLOAT16;
+    case ScalarType::Float:
+      return ECHOLORA_FLOAT32;
+    case ScalarType::Double:
+      return ECHOLORA_FLOAT64;
     default:
-      STD_TORCH_CHECK(false, name, ": got dtype ", name_of(t.scalar_type()),
-                      ", wants Half, BFloat16, Float or Double");
+      STD_TORCH_CHECK(false, name, ": got dtype ", name_of(t.scalar_type()), ", wants Half, BFloat16, Float or Double");
   }
   return -1;
 }
@@ -94,7 +97,8 @@ echolora_rows rows(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 3, name, ": got shape ", text(shape_of(t)), ", wants [n, T, width]");
   const int64_t n = t.size(0), length = t.size(1), width = t.size(2);
   STD_TORCH_CHECK(n >= 1 && length >= 1 && width >= 1 && n * length <= MAX_SIZE && width <= MAX_SIZE, name,
-                  ": got shape ", text(shape_of(t)), ", wants at least one element and n * T and width below ", MAX_SIZE);
+                  ": got shape ", text(shape_of(t)), ", wants at least one element and n * T and width below ",
+                  MAX_SIZE);
   return {t.data_ptr(), dtype_of(t, name), n, length, width, t.stride(0), t.stride(1), t.stride(2)};
 }
 
@@ -130,8 +134,8 @@ echolora_dropout dropout(const Maybe& seed, int64_t drop_below, double keep_scal
 }
 
 void want_mask(const Maybe& delta, const Maybe& mask) {
-  STD_TORCH_CHECK(delta.has_value() == mask.has_value(), "mask: got ", mask ? "a tensor without delta" : "None beside delta",
-                  ", wants both or neither");
+  STD_TORCH_CHECK(delta.has_value() == mask.has_value(), "mask: got ",
+                  mask ? "a tensor without delta" : "None beside delta", ", wants both or neither");
 }
 
 Tensor output(const Tensor& like, const Shape& shape, ScalarType type) {
@@ -183,8 +187,8 @@ Tensor shrink(Tensor x, Tensor a, double scaling, Maybe seed, int64_t drop_below
   args.scaling = scaling;
   args.dropout = dropout(seed, drop_below, keep_scale, x);
   args.gain = dense(gain, "gain", {args.x.width}, acc, x);
-  STD_TORCH_CHECK(site >= 0 && site <= 2 && (site > 0) == delta.has_value(), "site: got ", site, delta ? " with" : " without",
-                  " delta, wants 0 without, or 1 or 2 with delta");
+  STD_TORCH_CHECK(site >= 0 && site <= 2 && (site > 0) == delta.has_value(), "site: got ", site,
+                  delta ? " with" : " without", " delta, wants 0 without, or 1 or 2 with delta");
   want_mask(delta, mask);
   args.site = static_cast<int>(site);
   args.delta = dense(delta, "delta", {args.x.samples, site == 1 ? args.x.width : args.rank}, acc, x);
@@ -219,15 +223,17 @@ void linear_epilogue(Tensor s, Tensor b, Maybe z, Maybe base, Maybe gain, Maybe 
   args.mask = dense(mask, "mask", {shape.samples, shape.length}, acc, y);
   args.store_z = store_z;
   args.y = dense(y, "y", shape_of(y), type, y);
-  STD_TORCH_CHECK(!store_z || args.z != args.y || (!gain && !bias && !delta), "store_z: got True for a z that is y, "
+  STD_TORCH_CHECK(!store_z || args.z != args.y || (!gain && !bias && !delta),
+                  "store_z: got True for a z that is y, "
                   "wants memory apart from y where the two differ");
   Launch launch(y);
   Launch::check(echolora_cuda_linear_epilogue(&args, launch.stream()), "linear_epilogue");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(Tensor dy, Maybe s, Tensor b, double scaling, Maybe gain,
-                                                                    Maybe z, Maybe mask, bool need_ds, bool need_db,
-                                                                    bool need_dbias, bool need_dgain, bool need_ddelta) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(Tensor dy, Maybe s, Tensor b, double scaling,
+                                                                    Maybe gain, Maybe z, Maybe mask, bool need_ds,
+                                                                    bool need_db, bool need_dbias, bool need_dgain,
+                                                                    bool need_ddelta) {
   const ScalarType type = dy.scalar_type(), acc = accumulator(type);
   echolora_adapter_backward_args args = {};
   args.dy = rows(dy, "dy");
@@ -275,7 +281,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(Tensor dy, M
   return {ds, db, dbias, dgain, ddelta};
 }
 
-Tensor lora_a_backward(Tensor x, Tensor ds, Maybe seed, int64_t drop_below, double keep_scale, Maybe delta, Maybe mask) {
+Tensor lora_a_backward(Tensor x, Tensor ds, Maybe seed, int64_t drop_below, double keep_scale, Maybe delta,
+                       Maybe mask) {
   const ScalarType acc = accumulator(x.scalar_type());
   echolora_lora_a_backward_args args = {};
   args.x = rows(x, "x");
@@ -295,10 +302,11 @@ Tensor lora_a_backward(Tensor x, Tensor ds, Maybe seed, int64_t drop_below, doub
   return da;
 }
 
-void input_epilogue(Tensor ds, Tensor a, Maybe product, Maybe seed, int64_t drop_below, double keep_scale, bool accumulate,
-                    Tensor dx) {
-  STD_TORCH_CHECK(dx.dim() == 2 && dx.size(0) >= 1 && dx.size(1) >= 1 && dx.size(0) <= MAX_SIZE && dx.size(1) <= MAX_SIZE,
-                  "dx: got shape ", text(shape_of(dx)), ", wants [M, K] with at least one element and sizes below ", MAX_SIZE);
+void input_epilogue(Tensor ds, Tensor a, Maybe product, Maybe seed, int64_t drop_below, double keep_scale,
+                    bool accumulate, Tensor dx) {
+  STD_TORCH_CHECK(
+      dx.dim() == 2 && dx.size(0) >= 1 && dx.size(1) >= 1 && dx.size(0) <= MAX_SIZE && dx.size(1) <= MAX_SIZE,
+      "dx: got shape ", text(shape_of(dx)), ", wants [M, K] with at least one element and sizes below ", MAX_SIZE);
   const ScalarType type = dx.scalar_type();
   echolora_input_epilogue_args args = {};
   args.dtype = dtype_of(dx, "dx");
@@ -318,8 +326,8 @@ void input_epilogue(Tensor ds, Tensor a, Maybe product, Maybe seed, int64_t drop
 std::tuple<Tensor, Tensor> dora_norm(Tensor weight, Tensor a, Tensor b, double scaling, Maybe magnitude) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) >= 1 && weight.size(0) <= MAX_SIZE &&
                       weight.size(1) <= MAX_SIZE,
-                  "weight: got shape ", text(shape_of(weight)), ", wants [N, K] with at least one element and sizes below ",
-                  MAX_SIZE);
+                  "weight: got shape ", text(shape_of(weight)),
+                  ", wants [N, K] with at least one element and sizes below ", MAX_SIZE);
   const ScalarType acc = accumulator(weight.scalar_type());
   echolora_dora_norm_args args = {};
   args.dtype = dtype_of(weight, "weight");

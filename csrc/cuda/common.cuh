@@ -75,8 +75,7 @@ __device__ __forceinline__ Chunk<T> narrow(const Values<Acc<T>>& wide) {
   Chunk<T> c;
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int i = 0; i < CHUNK / 2; ++i)
-      c.w[i] = pack(static_cast<T>(wide.v[2 * i]), static_cast<T>(wide.v[2 * i + 1]));
+    for (int i = 0; i < CHUNK / 2; ++i) c.w[i] = pack(static_cast<T>(wide.v[2 * i]), static_cast<T>(wide.v[2 * i + 1]));
   } else {
     memcpy(&c, &wide, sizeof(c));
   }
@@ -145,14 +144,18 @@ struct Matrix {
   bool wide, vector;
 
   __device__ explicit Matrix(const echolora_matrix& m)
-      : data(m.data), stride_row(m.stride_row), stride_col(m.stride_col), wide(m.dtype != TYPE_ID<E>),
+      : data(m.data),
+        stride_row(m.stride_row),
+        stride_col(m.stride_col),
+        wide(m.dtype != TYPE_ID<E>),
         vector(m.stride_col == 1 && m.stride_row % CHUNK == 0 && aligned(m.data)) {}
 
   // eight neighbours of one row, `valid` of which exist
   __device__ __forceinline__ Chunk<E> load(int row, int col, int valid) const {
     const int64_t offset = row * stride_row + col * stride_col;
     if constexpr (!std::is_same_v<E, Acc<E>>)
-      if (wide) return narrow<E>(widen(load_chunk(static_cast<const Acc<E>*>(data) + offset, stride_col, valid, vector)));
+      if (wide)
+        return narrow<E>(widen(load_chunk(static_cast<const Acc<E>*>(data) + offset, stride_col, valid, vector)));
     return load_chunk(static_cast<const E*>(data) + offset, stride_col, valid, vector);
   }
 };
@@ -181,8 +184,13 @@ struct Rows {
   bool single, vector;
 
   __device__ explicit Rows(const echolora_rows& r)
-      : data(static_cast<const E*>(r.data)), length(static_cast<int>(r.length)), width(static_cast<int>(r.width)),
-        stride_n(r.stride_n), stride_t(r.stride_t), stride_c(r.stride_c), single(r.samples == 1),
+      : data(static_cast<const E*>(r.data)),
+        length(static_cast<int>(r.length)),
+        width(static_cast<int>(r.width)),
+        stride_n(r.stride_n),
+        stride_t(r.stride_t),
+        stride_c(r.stride_c),
+        single(r.samples == 1),
         vector(r.stride_c == 1 && r.stride_t % CHUNK == 0 && (single || r.stride_n % CHUNK == 0) && aligned(data)) {}
 
   __device__ __forceinline__ int sample(int row) const { return single ? 0 : row / length; }
@@ -206,8 +214,11 @@ struct Dropout {
   int quads;
 
   __device__ Dropout(const echolora_dropout& d, int width)
-      : active(d.seed != nullptr), seed(active ? static_cast<uint64_t>(*d.seed) : 0), drop_below(d.drop_below),
-        keep_scale(static_cast<Acc<E>>(d.keep_scale)), quads((width - 1) / QUAD + 1) {}
+      : active(d.seed != nullptr),
+        seed(active ? static_cast<uint64_t>(*d.seed) : 0),
+        drop_below(d.drop_below),
+        keep_scale(static_cast<Acc<E>>(d.keep_scale)),
+        quads((width - 1) / QUAD + 1) {}
 
   __device__ __forceinline__ void apply(Values<Acc<E>>& c, int row, int col) const {
     const uint32_t keep = keep_bits<CHUNK>(seed, drop_below, row, col, quads);
@@ -218,7 +229,8 @@ struct Dropout {
 
 // c += mask[row] delta[sample, :]
 template <typename A>
-__device__ __forceinline__ void add_echo(Values<A>& c, const Dense<A>& delta, const A* mask, int row, int sample, int col) {
+__device__ __forceinline__ void add_echo(Values<A>& c, const Dense<A>& delta, const A* mask, int row, int sample,
+                                         int col) {
   const A weight = mask[row];
   const Values<A> d = delta.load(sample, col);
 #pragma unroll
@@ -235,11 +247,16 @@ struct Type {
 template <typename F>
 int with_type(int dtype, F&& body) {
   switch (dtype) {
-    case ECHOLORA_FLOAT16: return body(Type<__half>());
-    case ECHOLORA_BFLOAT16: return body(Type<__nv_bfloat16>());
-    case ECHOLORA_FLOAT32: return body(Type<float>());
-    case ECHOLORA_FLOAT64: return body(Type<double>());
-    default: return cudaErrorInvalidValue;
+    case ECHOLORA_FLOAT16:
+      return body(Type<__half>());
+    case ECHOLORA_BFLOAT16:
+      return body(Type<__nv_bfloat16>());
+    case ECHOLORA_FLOAT32:
+      return body(Type<float>());
+    case ECHOLORA_FLOAT64:
+      return body(Type<double>());
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -253,7 +270,8 @@ inline int64_t processors() {
 }
 
 template <typename... Parameters>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, void* stream, Parameters... arguments) {
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, void* stream,
+           Parameters... arguments) {
   constexpr size_t WITHOUT_ASKING = 48 * 1024;
   if (shared > WITHOUT_ASKING) {
     const cudaError_t error =
@@ -268,8 +286,8 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Sums [outer, count, inner] over its middle dimension in a fixed order, into [outer, inner] of any E; see elementwise.cu.
-int sum_partials(const void* partials, int acc_dtype, void* out, int out_dtype, int64_t outer, int64_t count, int64_t inner,
-                 void* stream);
+// Sums [outer, count, inner] over its middle dimension in a fixed order, into [outer, inner] of any E.
+int sum_partials(const void* partials, int acc_dtype, void* out, int out_dtype, int64_t outer, int64_t count,
+                 int64_t inner, void* stream);
 
 }  // namespace echolora

@@ -1,8 +1,8 @@
 // The sums over rows: B1 (dB, dbias, dgain, dDelta from dY, and dS on the way) and B2 (dA from drop(x)).
 //
-// A block takes 256 columns, a chunk of the rank and a run of row tiles; a warp 32 of the columns. No tile straddles two
-// samples, so that a tile's sum belongs to one row of Delta. What several blocks share is written as partial sums in a
-// fixed layout and added in a fixed order: the same inputs give the same bits.
+// A block takes 256 columns, a chunk of the rank and a run of row tiles; a warp 32 of the columns. No tile straddles
+// two samples, so that a tile's sum belongs to one row of Delta. What several blocks share is written as partial sums
+// in a fixed layout and added in a fixed order: the same inputs give the same bits.
 
 #include "product.cuh"
 
@@ -51,7 +51,8 @@ struct ContractParams {
 
 template <typename E, int NT, bool SUMS>
 size_t shared_bytes(bool need_ds) {
-  const size_t tiles = ROWS<E, NT> * (COLS + PAD<E>) + ROWS<E, NT> * (8 * NT + PAD<E>) + (need_ds ? 8 * NT * (COLS + PAD<E>) : 0);
+  constexpr size_t STRIDE = COLS + PAD<E>, LEFT_STRIDE = 8 * NT + PAD<E>;
+  const size_t tiles = ROWS<E, NT> * (STRIDE + LEFT_STRIDE) + (need_ds ? 8 * NT * STRIDE : 0);
   return tiles * sizeof(E) + (SUMS ? WARPS * COLS * sizeof(Acc<E>) : 0);
 }
 
@@ -76,10 +77,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<E, NT, SUMS>) contract_rows_ke
   constexpr int RANKS = 8 * NT, STRIDE = COLS + PAD<E>, LEFT_STRIDE = RANKS + PAD<E>;
   constexpr int FETCHES = ROWS<E, NT> / WARPS, LEFT_CHUNKS = ROWS<E, NT> * NT;
   extern __shared__ uint4 shared[];
-  E* tile = reinterpret_cast<E*>(shared);                                             // [row][column]
-  E* left_tile = tile + ROWS<E, NT> * STRIDE;                                             // [row][rank]
-  A* warp_sums = reinterpret_cast<A*>(left_tile + ROWS<E, NT> * LEFT_STRIDE);             // [warp][column]
-  E* b_tile = reinterpret_cast<E*>(warp_sums + (SUMS ? WARPS * COLS : 0));            // [rank][column]
+  E* tile = reinterpret_cast<E*>(shared);                                      // [row][column]
+  E* left_tile = tile + ROWS<E, NT> * STRIDE;                                  // [row][rank]
+  A* warp_sums = reinterpret_cast<A*>(left_tile + ROWS<E, NT> * LEFT_STRIDE);  // [warp][column]
+  E* b_tile = reinterpret_cast<E*>(warp_sums + (SUMS ? WARPS * COLS : 0));     // [rank][column]
 
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const Rows<E> source(p.rows);
@@ -189,7 +190,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<E, NT, SUMS>) contract_rows_ke
       for (int j = 0; j < NT; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int n = col0 + WARP * warp + 16 * i + lane / 4 + 8 * (e / 2), r = rank0 + 8 * j + 2 * (lane % 4) + e % 2;
+          const int n = col0 + WARP * warp + 16 * i + lane / 4 + 8 * (e / 2);
+          const int r = rank0 + 8 * j + 2 * (lane % 4) + e % 2;
           if (n >= width || r >= rank) continue;
           const int64_t offset = p.product_by_rank ? (split * rank + r) * width + n : (split * width + n) * rank + r;
           static_cast<A*>(p.product)[offset] = gain != nullptr ? acc[i][j][e] * gain[n] : acc[i][j][e];

@@ -60,10 +60,10 @@ typedef struct {
 typedef struct {
   int dtype; /* E */
   int64_t samples, length, width, rank;
-  echolora_matrix s;                          /* [M, rank] */
-  echolora_matrix b;                          /* [width, rank] */
+  echolora_matrix s;                             /* [M, rank] */
+  echolora_matrix b;                             /* [width, rank] */
   const void *base, *gain, *bias, *delta, *mask; /* E [M, width], Acc [width] twice, [samples, width], [M]; optional */
-  void* z;                                    /* E [M, width], optional, may be y */
+  void* z;                                       /* E [M, width], optional, may be y */
   int store_z;
   void* y; /* E [M, width] */
 } echolora_linear_epilogue_args;
@@ -75,9 +75,9 @@ typedef struct {
   echolora_matrix b; /* [width, rank]; only for ds */
   int64_t rank;
   double scaling;
-  const void* gain; /* Acc [width], optional */
-  const void* z;    /* E [M, width]; only for dgain */
-  const void* mask; /* Acc [M]; only for ddelta */
+  const void* gain;                       /* Acc [width], optional */
+  const void* z;                          /* E [M, width]; only for dgain */
+  const void* mask;                       /* Acc [M]; only for ddelta */
   void *ds, *db, *dbias, *dgain, *ddelta; /* [M, rank], [width, rank], [width], [width], [samples, width] */
   void* workspace;
 } echolora_adapter_backward_args;

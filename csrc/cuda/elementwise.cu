@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(THREADS) drop_kernel(const echolora_drop_args 
 
 }  // namespace
 
-int sum_partials(const void* partials, int acc_dtype, void* out, int out_dtype, int64_t outer, int64_t count, int64_t inner,
-                 void* stream) {
+int sum_partials(const void* partials, int acc_dtype, void* out, int out_dtype, int64_t outer, int64_t count,
+                 int64_t inner, void* stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(inner, THREADS)),
                   static_cast<unsigned>(outer < MOST_BLOCKS_Y ? outer : MOST_BLOCKS_Y));
   const auto run = [&](auto acc, auto result) {

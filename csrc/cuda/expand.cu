@@ -38,7 +38,7 @@ constexpr int BLOCKS = VECTOR && sizeof(C) < 8 ? (sizeof(C) == 2 ? 3 : 2) : 1;
 
 template <typename C>
 size_t shared_bytes(int rank_step) {
-  return ((COLS + ROWS) * (rank_step + PAD<C>) + COLS / 8 * 2 * PAD<C>) * sizeof(C);
+  return ((COLS + ROWS) * (rank_step + PAD<C>)+COLS / 8 * 2 * PAD<C>)*sizeof(C);
 }
 
 // To an accumulator that may be wider than the element's own.

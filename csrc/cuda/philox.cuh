@@ -38,10 +38,8 @@ ECHOLORA_BOTH Philox philox(uint64_t seed, uint64_t counter) {
 template <int COLUMNS>
 ECHOLORA_BOTH uint32_t keep_bits(uint64_t seed, uint32_t drop_below, int64_t row, int column, int quads) {
   uint32_t bits = 0;
-#pragma unroll
   for (int q = 0; q < COLUMNS / QUAD; ++q) {
     const Philox random = philox(seed, static_cast<uint64_t>(row * quads + column / QUAD + q));
-#pragma unroll
     for (int i = 0; i < QUAD; ++i) bits |= ((random.v[i] >> 8) >= drop_below ? 1u : 0u) << (QUAD * q + i);
   }
   return bits;

@@ -16,9 +16,10 @@ __device__ __forceinline__ int packed_offset(int row, int stride) {
 // acc[i][j] += A B^T over `depth` (a multiple of 16), for 16 MT rows of A and 8 NT rows of B.
 //
 // BY_DEPTH: tiles are stored [depth][row], else [row][depth]; strides count elements. Lane 4 g + t owns acc[i][j][e] at
-// row 16 i + g + 8 (e / 2) and at column 8 j + 2 t + e % 2, or with PACKED (NT is 4; B as `packed_offset` says) at column
-// 8 t + 2 j + e % 2: then the lane's columns are eight neighbours, which it can load and store as a chunk. The lanes
-// agree on that for 16-bit types on matrix units and for float and double on ordinary ones, so kernels need not care.
+// row 16 i + g + 8 (e / 2) and at column 8 j + 2 t + e % 2, or with PACKED (NT is 4; B as `packed_offset` says) at
+// column 8 t + 2 j + e % 2: then the lane's columns are eight neighbours, which it can load and store as a chunk. The
+// lanes agree on that for 16-bit types on matrix units and for float and double on ordinary ones, so kernels need not
+// care.
 template <typename E, bool BY_DEPTH, bool PACKED, int MT, int NT>
 __device__ __forceinline__ void multiply_tiles(Acc<E> (&acc)[MT][NT][4], const E* a, int a_stride, const E* b,
                                                int b_stride, int depth) {
@@ -36,7 +37,8 @@ __device__ __forceinline__ void multiply_tiles(Acc<E> (&acc)[MT][NT][4], const E
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
         uint32_t f_b[2];
-        const E* row = PACKED ? b + packed_offset<E>(low / 2 * 8 + 2 * j + low % 2, b_stride) : b + (8 * j + low) * b_stride;
+        const E* row =
+            PACKED ? b + packed_offset<E>(low / 2 * 8 + 2 * j + low % 2, b_stride) : b + (8 * j + low) * b_stride;
         load_blocks<BY_DEPTH>(f_b, BY_DEPTH ? b + (k + 8 * middle + low) * b_stride + 8 * j : row + k + 8 * middle);
 #pragma unroll
         for (int i = 0; i < MT; ++i) multiply_blocks<E>(acc[i][j], f_a[i], f_b);
@@ -74,7 +76,8 @@ __device__ __forceinline__ void multiply_tiles(Acc<E> (&acc)[MT][NT][4], const E
 #pragma unroll
             for (int q = 0; q < STEP; ++q) v_b[q] = b[(k + q) * b_stride + 8 * j + 2 * t + odd];
           } else {
-            const E* row = PACKED ? b + packed_offset<E>(8 * t + 2 * j + odd, b_stride) : b + (8 * j + 2 * t + odd) * b_stride;
+            const E* row =
+                PACKED ? b + packed_offset<E>(8 * t + 2 * j + odd, b_stride) : b + (8 * j + 2 * t + odd) * b_stride;
             const Step s = *reinterpret_cast<const Step*>(row + k);
 #pragma unroll
             for (int q = 0; q < STEP; ++q) v_b[q] = s.v[q];

@@ -1,8 +1,9 @@
 // F1: S = scaling (drop(x) (a * gain)^T + echo), the contraction over columns; also dS = scaling dY (gain * b).
 //
-// A block takes 64 rows and a chunk of the rank, a warp 16 of those rows. Tiles go from global memory through registers,
-// where dropout, echo and gain apply, to shared memory; the loads of the next tile run while this one is multiplied.
-// Where rows alone do not fill the device, several blocks share one row's contraction and leave partial sums.
+// A block takes 64 rows and a chunk of the rank, a warp 16 of those rows. Tiles go from global memory through
+// registers, where dropout, echo and gain apply, to shared memory; the loads of the next tile run while this one is
+// multiplied. Where rows alone do not fill the device, several blocks share one row's contraction and leave partial
+// sums.
 
 #include "product.cuh"
 
@@ -17,10 +18,10 @@ enum Site { NO_ECHO, ADAPTER_INPUT, RANK };
 
 struct Plan {
   int64_t rows;
-  int rank_tiles;    // 8 ranks each, per block
-  int rank_chunks;   // blocks beside each other
-  int splits;        // blocks that share one row
-  int64_t per_split; // columns of each, a multiple of DEPTH
+  int rank_tiles;     // 8 ranks each, per block
+  int rank_chunks;    // blocks beside each other
+  int splits;         // blocks that share one row
+  int64_t per_split;  // columns of each, a multiple of DEPTH
 };
 
 Plan plan_of(const echolora_shrink_args& p) {
@@ -39,7 +40,11 @@ Plan plan_of(const echolora_shrink_args& p) {
 
 // Blocks per processor that registers have room for.
 template <typename E, int NT>
-constexpr int BLOCKS = sizeof(E) == 2 ? (NT == 2 ? 5 : NT == 4 ? 4 : 3) : sizeof(E) == 4 && NT == 2 ? 4 : 2;
+constexpr int BLOCKS = sizeof(E) == 2              ? (NT == 2   ? 5
+                                                      : NT == 4 ? 4
+                                                                : 3)
+                       : sizeof(E) == 4 && NT == 2 ? 4
+                                                   : 2;
 
 template <typename E, int NT>
 __global__ void __launch_bounds__(THREADS, BLOCKS<E, NT>) shrink_kernel(const echolora_shrink_args p, const Plan plan) {
@@ -131,7 +136,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<E, NT>) shrink_kernel(const ec
       const int row = row0 + 16 * warp + lane / 4 + 8 * (e / 2), r = rank0 + 8 * j + 2 * (lane % 4) + e % 2;
       if (row >= rows || r >= rank) continue;
       A v = acc[0][j][e];
-      if (p.site == RANK && split == 0) v += mask[row] * static_cast<const A*>(p.delta)[static_cast<int64_t>(x.sample(row)) * rank + r];
+      if (p.site == RANK && split == 0)
+        v += mask[row] * static_cast<const A*>(p.delta)[static_cast<int64_t>(x.sample(row)) * rank + r];
       v *= static_cast<A>(p.scaling);
       const int64_t offset = static_cast<int64_t>(row) * rank + r;
       if (plan.splits > 1 || p.out_wide)
@@ -168,5 +174,6 @@ int echolora_cuda_shrink(const echolora_shrink_args* p, void* stream) {
   });
   if (error != 0 || plan.splits == 1) return error;
   const int acc = p->x.dtype == ECHOLORA_FLOAT64 ? ECHOLORA_FLOAT64 : ECHOLORA_FLOAT32;
-  return sum_partials(p->workspace, acc, p->out, p->out_wide ? acc : p->x.dtype, 1, plan.splits, plan.rows * p->rank, stream);
+  return sum_partials(p->workspace, acc, p->out, p->out_wide ? acc : p->x.dtype, 1, plan.splits, plan.rows * p->rank,
+                      stream);
 }
