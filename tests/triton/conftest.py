@@ -35,7 +35,6 @@ def pytest_configure(config):
         "markers", "codegen: compiles kernels and runs none, so it needs neither GPU nor interpreter"
     )
     config.addinivalue_line("markers", "gpu: needs a GPU")
-    config.addinivalue_line("markers", "full: takes minutes; runs with -m full only")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -45,5 +44,3 @@ def pytest_collection_modifyitems(config, items):
             continue
         if reason and "codegen" not in item.keywords:
             item.add_marker(pytest.mark.skip(reason=f"triton on {DEVICE}: {reason}"))
-        if "full" in item.keywords and "full" not in config.option.markexpr:
-            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m full"))
