@@ -13,8 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(**changes: str | None) -> dict[str, str]:
-    """This process's environment without what is pytest's own, with `changes`; None takes a variable away."""
+    """This process's environment without what is pytest's own, with `changes`; None takes a variable away.
+
+    The package is this checkout's, wherever else one may be installed.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    kept["PYTHONPATH"] = str(ROOT)
     kept |= {name: value for name, value in changes.items() if value is not None}
     return {name: value for name, value in kept.items() if changes.get(name, "") is not None}
 

@@ -1,7 +1,6 @@
 """Without the library the package works, says why it goes without, and gives the reference's numbers."""
 
 import pytest
-import torch
 from native_cases import ROOT, passed, python
 
 from echolora_kernels import native
@@ -93,4 +92,3 @@ def test_the_library_needs_no_more_than_its_file(library, tmp_path):
     copy.write_bytes(native.path().read_bytes())
     code = "from echolora_kernels import native; print(native.why_unavailable())"
     assert python(code, ECHOLORA_LIBRARY=str(copy)).strip() == "None"
-    assert torch.ops.loaded_libraries

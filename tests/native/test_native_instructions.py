@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("library")
 NAMES = ("amx", "avx512", "avx2", "baseline")
 TESTS = ("tests/backends/test_backend_kernels.py", "tests/backends/test_backend_linear.py")
 # the kernels, and the layer where kinds of products, shapes and ranks differ
-CHOSEN = "cpp and (backend_kernels or float64 or ranks or shapes or as_exact_as_torch or narrower_layer)"
+CHOSEN = "cpp and (backend_kernels or float64 or ranks or shapes or narrower_layer or autocast)"
 
 
 @pytest.fixture(params=NAMES)
@@ -59,12 +59,42 @@ def test_the_kernels_are_right(instructions):
     assert passed(*TESTS, "-k", CHOSEN, ECHOLORA_CPU_ISA=instructions) > 100
 
 
+EXACTNESS = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from linear_cases import error_ratios, make
+
+torch.set_num_threads(1)
+for dtype in (torch.float32, torch.bfloat16):
+    for site, dora in ((None, False), ("rank", True), ("adapter_input", False), ("output", True)):
+        ratios = {{}}
+        for seed in range({draws}):
+            torch.manual_seed(seed)
+            case = make("cpp", 2, 93, 150, 141, 12, site=site, dora=dora, dtype=dtype)
+            exact = case.to(torch.float64).results("reference")
+            for name, pair in error_ratios(case.results("cpp"), case.results("reference"), exact).items():
+                ratios.setdefault(name, []).append(pair)
+        for name, pairs in ratios.items():
+            print(dtype, site, name, *(sum(each) / {draws} for each in zip(*pairs)))
+"""
+
+
+def test_as_exact_as_torch_on_average(instructions):
+    """The mean over ten draws: the largest error of a gradient of 24 elements is a matter of luck in a single one."""
+    lines = python(EXACTNESS.format(draws=10), ECHOLORA_CPU_ISA=instructions).splitlines()
+    assert len(lines) == 2 * (5 + 7 + 6 + 7)
+    for line in lines:
+        *_, largest, rms = line.split()
+        assert float(largest) <= 1.3 and float(rms) <= 1.15, line
+
+
 MASK = """
 import hashlib, torch
 from echolora_kernels import native
 assert not native.why_unavailable()
 operators = torch.ops.echolora
-seen = hashlib.sha256(native.cpu_instructions().encode() if {label} else b"")
+seen = hashlib.sha256()
 for width in (1, 5, 128, 301):
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         drop = torch.tensor([2**61 + width]), 5033165, 1 / 0.7
@@ -75,11 +105,10 @@ for width in (1, 5, 128, 301):
         assert torch.equal(inside, mask[:, :256])
         assert 0.6 < mask.double().mean() < 0.8 or width == 1
         seen.update(bytes(mask.flatten().tolist()))
-print(seen.hexdigest())
+print(native.cpu_instructions(), seen.hexdigest())
 """
 
 
 def test_the_dropout_mask_is_the_same():
-    names = instruction_sets()
-    assert len({python(MASK.format(label=False), ECHOLORA_CPU_ISA=name) for name in names}) == 1
-    assert len({python(MASK.format(label=True), ECHOLORA_CPU_ISA=name) for name in names}) == len(names)
+    found = dict(python(MASK, ECHOLORA_CPU_ISA=name).split() for name in instruction_sets())
+    assert list(found) == instruction_sets() and len(set(found.values())) == 1

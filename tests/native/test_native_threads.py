@@ -99,7 +99,14 @@ def test_each_operator(library, dtype):
             norm = library.dora_norm(case.weight, a, b, 0.7, gain)
             names = ("ds", "db", "dbias", "dgain", "ddelta", "norm", "gain")
             dropped = library.drop(x, *drop)
-            return {"s": s, "y": y, "da": da, "dx": dx, "drop": dropped, **dict(zip(names, (*sums, *norm), strict=True))}
+            return {
+                "s": s,
+                "y": y,
+                "da": da,
+                "dx": dx,
+                "drop": dropped,
+                **dict(zip(names, (*sums, *norm), strict=True)),
+            }
 
         assert_any_number_of_threads_agrees(compute)
 

@@ -1,0 +1,272 @@
+"""The library's operators called directly: what they refuse, by which words, and what they leave alone."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from linear_cases import make as make_layer
+from native_cases import ROOT, run
+from operator_cases import D_IN, D_OUT, NEEDS, OPERATORS, N, R, T, call, make, overload, written
+
+ELEMENTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TENSORS = [
+    (operator, name)
+    for operator in OPERATORS
+    for name, value in make(operator).items()
+    if isinstance(value, torch.Tensor)
+]
+SAYS_ITS_WIDTH = (("drop", "x"), ("lora_a_backward", "ds"))  # alone, so that any width is right
+MUST_BE_DENSE = ("z", "base", "gain", "bias", "delta", "mask", "product", "dx", "y", "magnitude")
+
+
+@pytest.fixture(autouse=True)
+def _there(library, request):
+    operator = getattr(request.node, "callspec", None) and request.node.callspec.params.get("operator")
+    if operator and overload(operator) is None:
+        pytest.skip(f"this library has no {operator}")
+
+
+@pytest.fixture
+def uninitialized_is_nan():
+    """Memory that nothing has written shows in results."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def refused(operator, arguments):
+    """The message, one line that says what it got and what it wants."""
+    with pytest.raises(RuntimeError) as raised:
+        call(operator, arguments)
+    message = str(raised.value)
+    assert re.fullmatch(r"[\w ]+: got .+, wants .+", message), message
+    return message
+
+
+def test_every_operator_is_in_the_table():
+    source = (ROOT / "csrc" / "library.cpp").read_text()
+    defined = re.findall(r'm\.def\(\s*"(\w+)\((\w*)', source)
+    assert {name for name, first in defined if first} <= OPERATORS.keys()
+    for name in OPERATORS:
+        if overload(name):
+            assert list(make(name)) == [argument.name for argument in overload(name)._schema.arguments]
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_inputs_are_never_written(operator, dtype, uninitialized_is_nan):
+    arguments = make(operator, dtype)
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    for result in call(operator, arguments).values():
+        assert result.isfinite().all()
+    for name, value in before.items():
+        assert torch.equal(arguments[name], value) != (name in written(operator)), name
+
+
+@pytest.mark.parametrize(("operator", "name"), TENSORS)
+def test_another_dtype(operator, name):
+    arguments = make(operator)
+    arguments[name] = arguments[name].int()
+    wanted = "one Long element" if name == "seed" else "Float"
+    assert re.match(f"{name}: got dtype Int, wants .*{wanted}", refused(operator, arguments))
+
+
+@pytest.mark.parametrize(("operator", "name"), TENSORS)
+def test_vectors_in_the_accumulators_dtype_alone(operator, name):
+    arguments = make(operator, torch.bfloat16)
+    arguments[name] = arguments[name].double()
+    if (operator, name) in (("drop", "x"), ("dora_norm", "b")):
+        call(operator, arguments)  # nothing else has to fit
+    else:
+        refused(operator, arguments)
+
+
+@pytest.mark.parametrize(("operator", "name"), TENSORS)
+def test_another_shape(operator, name):
+    for change in (lambda t: t[0] if t.dim() > 1 else t.repeat(2), lambda t: t.repeat(*[1] * (t.dim() - 1), 2)):
+        arguments = make(operator)
+        arguments[name] = change(arguments[name])
+        if (operator, name) in SAYS_ITS_WIDTH and arguments[name].dim() == make(operator)[name].dim():
+            continue
+        message = refused(operator, arguments)
+        got = "dtype Long" if name == "seed" else "shape"
+        named = message.split(":")[0]
+        # a size that two arguments share is the first one's
+        assert named == name or (arguments[name].dim() == make(operator)[name].dim() and got in message), message
+        assert arguments[name].dim() != 3 or re.search(r"shape \[\d+(, \d+)*\]|\d+ contiguous elements", message)
+
+
+@pytest.mark.parametrize(("operator", "name"), TENSORS)
+def test_vectors_and_results_with_gaps(operator, name):
+    arguments = make(operator)
+    spread = torch.stack([arguments[name]] * 2, -1)[..., 0]
+    arguments[name] = spread
+    assert name == "seed" or not spread.is_contiguous()
+    if name in MUST_BE_DENSE:
+        assert re.match(rf"{name}: got .+, wants \d+ contiguous elements", refused(operator, arguments))
+    else:
+        call(operator, arguments)
+
+
+@pytest.mark.parametrize(("operator", "name"), TENSORS)
+def test_another_device(operator, name):
+    """The dispatcher refuses before the library is asked: it names the operator."""
+    arguments = make(operator)
+    arguments[name] = arguments[name].to("meta")
+    with pytest.raises(NotImplementedError, match=f"echolora::{operator}.*Meta"):
+        call(operator, arguments)
+
+
+@pytest.mark.parametrize("rank", [0, 257])
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "drop"])
+def test_another_rank(operator, rank):
+    arguments = make(operator)
+    for name, dimension in {"a": 0, "b": 1, "s": 1, "ds": 1}.items():
+        if name in arguments:
+            shape = list(arguments[name].shape)
+            shape[dimension] = rank
+            arguments[name] = torch.zeros(shape)
+    assert re.match(r"\w+: got shape .*, wants a rank from 1 to 256", refused(operator, arguments))
+
+
+LACKS = [
+    ("shrink", "seed", {}, "seed: got None, wants a tensor where drop_below is not 0"),
+    ("shrink", "delta", {"site": 1}, "delta and mask: got None, wants tensors for an echo inside the adapter"),
+    ("shrink", "mask", {"site": 2}, "delta and mask: got None, wants tensors for an echo inside the adapter"),
+    ("linear_epilogue", "mask", {}, "mask: got None, wants .* where delta is given"),
+    ("linear_epilogue", "z", {"base": None}, "z: got None, wants a tensor where store_z or base is given"),
+    ("linear_epilogue", "z", {"store_z": False}, "z: got None, wants a tensor where store_z or base is given"),
+    ("adapter_backward", "s", {}, "s: got None, wants a tensor where need_db is set"),
+    ("adapter_backward", "z", {}, "z: got None, wants a tensor where need_dgain is set"),
+    ("adapter_backward", "mask", {}, "mask: got None, wants a tensor where need_ddelta is set"),
+    ("lora_a_backward", "seed", {}, "seed: got None, wants a tensor where drop_below is not 0"),
+    ("lora_a_backward", "mask", {}, "mask: got None, wants .* where delta is given"),
+    ("input_epilogue", "seed", {}, "seed: got None, wants a tensor where drop_below is not 0"),
+    ("linear_forward", "seed", {}, "seed: got None, wants a tensor where drop_below is not 0"),
+    ("linear_forward", "mask", {}, "delta and mask: got None, wants tensors for an echo inside the adapter"),
+    ("linear_forward", "z", {}, "z: got None, wants a tensor where store_z or base is given"),
+    ("linear_backward", "seed", {}, "seed: got None, wants a tensor where drop_below is not 0"),
+    ("linear_backward", "a", {}, "a: got None, wants a tensor where dx is given"),
+    ("linear_backward", "mask", {"need_ddelta": False}, "mask: got None, wants .* where delta is given"),
+]
+
+
+@pytest.mark.parametrize(("operator", "name", "others", "message"), LACKS)
+def test_arguments_that_belong_together(operator, name, others, message):
+    arguments = {**make(operator), **others}
+    if operator == "shrink" and others.get("site") == 2:
+        arguments["delta"] = torch.randn(N, R)
+    call(operator, arguments)
+    arguments[name] = None
+    assert re.fullmatch(message, refused(operator, arguments))
+
+
+@pytest.mark.parametrize("operator", ["shrink", "linear_forward"])
+@pytest.mark.parametrize("site", [-1, 4])
+def test_another_site(operator, site):
+    assert re.match(rf"site: got {site}, wants 0, 1", refused(operator, {**make(operator), "site": site}))
+
+
+@pytest.mark.xfail(strict=True, reason="drop_below is not checked: -1 drops everything, and 2^24 + 1 does too")
+@pytest.mark.parametrize("below", [-1, 2**24 + 1])
+@pytest.mark.parametrize("operator", [name for name, text in OPERATORS.items() if "drop_below" in text])
+def test_another_threshold(operator, below):
+    assert re.match(f"drop_below: got {below}, wants", refused(operator, {**make(operator), "drop_below": below}))
+
+
+@pytest.fixture(scope="module")
+def of_empty():
+    """(operator, which size is 0) -> what is wrong; a crash ends no more than its own case."""
+    done = run([sys.executable, "tests/native/empty_cases.py"])
+    assert done.returncode == 0, done.stderr
+    return {(operator, label): said for operator, label, said in map(json.loads, done.stdout.splitlines())}
+
+
+NO_ROWS = {
+    "lora_a_backward": "lora_a_backward reads outside its arguments where there are no rows: the process ends",
+    "adapter_backward": "adapter_backward leaves its sums as they were allocated where there are no rows",
+}
+
+
+@pytest.mark.parametrize("label", ["no samples", "no positions", "no input", "no output"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_empty(operator, label, of_empty, request):
+    if operator in NO_ROWS and label in ("no samples", "no positions"):
+        request.applymarker(pytest.mark.xfail(strict=True, reason=NO_ROWS[operator]))
+    assert of_empty[operator, label] == ""
+
+
+def layouts(tensor):
+    """The same values under other strides."""
+    yield tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    yield torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]]
+    yield torch.stack([tensor, tensor], -1)[..., 0]
+    if tensor.dim() == 3:
+        yield tensor.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        yield torch.cat([tensor, tensor], 1)[:, : tensor.shape[1]]
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize(("operator", "name"), [(o, n) for o, n in TENSORS if n in "x dy a b s ds weight".split()])
+def test_any_strides(operator, name, dtype, uninitialized_is_nan):
+    """Bit for bit what contiguous arguments give."""
+    sizes = {"n": 3, "t": 37, "d_in": 150, "d_out": 141}
+    for index in range(len(list(layouts(make(operator, **sizes)[name])))):
+        torch.manual_seed(index)
+        arguments = make(operator, dtype, **sizes)
+        torch.manual_seed(index)
+        others = make(operator, dtype, **sizes)
+        others[name] = list(layouts(others[name]))[index]
+        assert not others[name].is_contiguous() and torch.equal(others[name], arguments[name])
+        want, got = call(operator, arguments), call(operator, others)
+        assert all(torch.equal(got[key], value) for key, value in want.items())
+
+
+@pytest.mark.parametrize(("operator", "name"), [(o, n) for o, n in TENSORS if n in ("x", "dy")])
+def test_expanded_rows(operator, name):
+    for shape in ((1, 1, 1), (1, T, 1), (N, 1, 1), (1, 1, {"x": D_IN, "dy": D_OUT}[name])):
+        torch.manual_seed(0)
+        arguments = make(operator)
+        torch.manual_seed(0)
+        others = make(operator)
+        expanded = torch.randn(shape).expand_as(arguments[name])
+        arguments[name], others[name] = expanded.contiguous(), expanded
+        want, got = call(operator, arguments), call(operator, others)
+        assert all(torch.equal(got[key], value) for key, value in want.items())
+        assert torch.equal(expanded, arguments[name])
+
+
+@pytest.mark.parametrize("operator", ["adapter_backward", "linear_backward"])
+def test_what_is_not_needed_is_empty_and_changes_nothing_else(operator):
+    torch.manual_seed(0)
+    everything = call(operator, make(operator))
+    for index, need in enumerate(NEEDS):
+        torch.manual_seed(0)
+        arguments = {**make(operator), **dict.fromkeys(NEEDS, False), need: True}
+        if operator == "linear_backward":
+            arguments |= {"x": None, "dx": None, "delta": None}
+        results = call(operator, arguments)
+        for other in range(len(NEEDS)):
+            if other == index:
+                assert torch.equal(results[str(other)], everything[str(other)]), need
+            else:
+                assert results[str(other)].numel() == 0, (need, other)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("site", [None, "output", "adapter_input", "rank"])
+def test_a_layer_reads_nothing_that_it_has_not_written(site, dtype):
+    """Workspaces and results that begin as NaN give the same bits."""
+    found = []
+    for fill in (False, True):
+        torch.manual_seed(0)
+        case = make_layer("cpp", 3, 37, 150, 141, 12, site=site, dora=True, p=0.3, dtype=dtype)
+        torch.use_deterministic_algorithms(fill)
+        try:
+            found.append(case.results("cpp"))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
