@@ -13,6 +13,7 @@ THREADS = (1, 2, 4)
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 # 700 rows are 22 blocks and 6 chunks, widths of 300 to 600 are 3 to 5 blocks of columns, all with a rest
 N, T, D_IN, D_OUT, R = 5, 140, 333, 555, 12
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -24,11 +25,9 @@ class ProductsOnOneThread(TorchDispatchMode):
     between 1 and 2 or 4 threads at some widths, float32 and float64 ones for a single row; not for 700 rows.
     """
 
-    PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         threads = torch.get_num_threads()
-        if function.overloadpacket in self.PRODUCTS:
+        if function.overloadpacket in PRODUCTS:
             torch.set_num_threads(1)
         try:
             return function(*args, **(kwargs or {}))
