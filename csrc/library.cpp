@@ -44,6 +44,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(echolora, m) {
   m.def(
       "input_epilogue(Tensor ds, Tensor a, Tensor? product, Tensor? seed, int drop_below, float keep_scale, "
       "bool accumulate, Tensor(a!) dx) -> ()");
+  // shrink and linear_epilogue in one pass over the rows (CPU alone). site 3 is the echo at the output.
+  m.def(
+      "linear_forward(Tensor x, Tensor a, Tensor b, float scaling, Tensor? seed, int drop_below, float keep_scale, "
+      "int site, Tensor? delta, Tensor? mask, Tensor(a!)? z, Tensor? base, Tensor? gain, Tensor? bias, Tensor(b!) y, "
+      "bool store_z) -> Tensor");
+  // adapter_backward, and lora_a_backward where x is given, and input_epilogue with accumulate where dx is, in one pass
+  // over the rows (CPU alone). delta: the echo at the adapter's input; it and need_ddelta share the mask. Last is dA.
+  m.def(
+      "linear_backward(Tensor dy, Tensor? s, Tensor b, float scaling, Tensor? gain, Tensor? z, Tensor? mask, Tensor? x, "
+      "Tensor? a, Tensor? seed, int drop_below, float keep_scale, Tensor? delta, Tensor? product, Tensor(a!)? dx, "
+      "bool need_ds, bool need_db, bool need_dbias, bool need_dgain, bool need_ddelta) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // norm = row norms of weight + scaling b a;  gain = magnitude / max(norm, smallest normal number). Both [N].
   m.def("dora_norm(Tensor weight, Tensor a, Tensor b, float scaling, Tensor? magnitude) -> (Tensor, Tensor)");
   // drop(x): [M, K], contiguous, in x's dtype.

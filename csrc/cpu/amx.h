@@ -151,32 +151,37 @@ struct Amx {
   static void spread(const Packed* thin, int64_t rank, const Packed* wide, int64_t, int64_t rows, int64_t cols,
                      const Finish& finish) {
     const int64_t depth = round_up(rank, DEPTH), stride = depth * sizeof(bf16);
-    alignas(64) A sums[BLOCK_ROWS * DEPTH];  // 32 columns at a time
-    before_loading();
-    for (int64_t col = 0; col < cols; col += DEPTH) {
-      for (int64_t i = 0; i < rows; i++) finish.ahead(i, col + DEPTH);
-      const bf16 *left = wide + col * depth, *right = left + SIDE * depth;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int64_t r = 0; r < depth; r += DEPTH) {
-        _tile_loadd(4, thin + r, stride);
-        _tile_loadd(5, thin + SIDE * depth + r, stride);
-        _tile_loadd(6, left + r * SIDE, 64);
-        _tile_loadd(7, right + r * SIDE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+    alignas(64) A sums[BLOCK_ROWS * BLOCK_COLS];  // finished when the tiles have long been stored
+    constexpr int64_t LD = BLOCK_COLS, BELOW = SIDE * BLOCK_COLS;
+    for (int64_t block = 0; block < cols; block += BLOCK_COLS) {
+      const int64_t here = at_most(BLOCK_COLS, cols - block);
+      before_loading();
+      for (int64_t col = 0; col < here; col += DEPTH) {
+        const bf16 *left = wide + (block + col) * depth, *right = left + SIDE * depth;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t r = 0; r < depth; r += DEPTH) {
+          _tile_loadd(4, thin + r, stride);
+          _tile_loadd(5, thin + SIDE * depth + r, stride);
+          _tile_loadd(6, left + r * SIDE, 64);
+          _tile_loadd(7, right + r * SIDE, 64);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, sums + col, sizeof(A) * LD);
+        _tile_stored(1, sums + col + SIDE, sizeof(A) * LD);
+        _tile_stored(2, sums + BELOW + col, sizeof(A) * LD);
+        _tile_stored(3, sums + BELOW + col + SIDE, sizeof(A) * LD);
       }
-      _tile_stored(0, sums, sizeof(A) * DEPTH);
-      _tile_stored(1, sums + SIDE, sizeof(A) * DEPTH);
-      _tile_stored(2, sums + SIDE * DEPTH, sizeof(A) * DEPTH);
-      _tile_stored(3, sums + SIDE * DEPTH + SIDE, sizeof(A) * DEPTH);
-      for (int64_t i = 0; i < rows; i++)
-        for (int64_t at = 0; at < at_most(DEPTH, cols - col); at += SIDE)
-          finish(i, col + at, static_cast<int>(at_most(SIDE, cols - col - at)), load(sums + i * DEPTH + at));
+      for (int64_t i = 0; i < rows; i++) {
+        for (int64_t col = 0; col < BLOCK_COLS; col += DEPTH) finish.ahead(i, block + BLOCK_COLS + col);
+        for (int64_t col = 0; col < here; col += SIDE)
+          finish(i, block + col, static_cast<int>(at_most(SIDE, here - col)), load(sums + i * LD + col));
+      }
     }
   }
 

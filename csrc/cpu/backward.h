@@ -6,12 +6,13 @@
 namespace echolora {
 namespace ECHOLORA_ISA {
 
-// Sums over rows are cut into chunks by the number of rows alone, so that any number of threads gives the same bits.
+// Sums over rows are cut into chunks by the number of rows alone, so that any number of threads gives the same bits:
+// eight of them where there are few rows, up to 64 where there are many.
 struct Chunks {
   int64_t count, rows;
   explicit Chunks(int64_t total) {
-    rows = round_up((total + 63) / 64, BLOCK_ROWS);
-    if (rows < 4 * BLOCK_ROWS) rows = 4 * BLOCK_ROWS;
+    const int64_t pieces = total / 128 < 8 ? 8 : at_most(total / 128, 64);
+    rows = round_up((total + pieces - 1) / pieces, BLOCK_ROWS);
     count = (total + rows - 1) / rows;
   }
 };
@@ -89,118 +90,143 @@ inline void add_chunks(A* sums, int64_t chunks, int64_t stride, int64_t first, i
     for (int64_t i = first; i < first + count; i++) sums[i] += sums[c * stride + i];
 }
 
+// Columns of one task, all chunks' sums added up.
 template <class P>
-inline void add_partials(const AdapterBackward& p, const Partials<P>& partials, const Chunks& chunks, Parallel parallel) {
+inline void finish_adapter(const AdapterBackward& p, const Partials<P>& partials, const Chunks& chunks, int64_t task) {
   using A = typename P::A;
   const A* gain = static_cast<const A*>(p.gain);
   const int64_t width = p.dy.width, total = p.dy.total(), per_sample = p.dy.per_sample, padded = partials.padded;
-  run(parallel, col_tasks(width), [&](int64_t task) {
-    const int64_t first = task * BLOCK_COLS, last = at_most(first + BLOCK_COLS, width);
-    if (p.db) {
-      A* sums = partials.db(p, 0);
-      add_chunks(sums, chunks.count, partials.per_chunk, first * padded, BLOCK_COLS * padded);
-      for (int64_t n = first; n < last; n++)
-        for (int64_t r = 0; r < p.rank; r++) {
-          const A sum = sums[P::sum_at(n, r, padded)];
-          static_cast<A*>(p.db)[n * p.rank + r] = gain ? gain[n] * sum : sum;
-        }
-    }
-    for (int64_t n = first; n < last; n++) {
-      A bias = 0, of_gain = 0;
-      for (int64_t c = 0; c < chunks.count; c++) {
-        if (p.dbias) bias += partials.dbias(p, c)[n];
-        if (p.dgain) of_gain += partials.dgain(p, c)[n];
+  const int64_t first = task * BLOCK_COLS, last = at_most(first + BLOCK_COLS, width);
+  if (p.db) {
+    A* sums = partials.db(p, 0);
+    add_chunks(sums, chunks.count, partials.per_chunk, first * padded, BLOCK_COLS * padded);
+    for (int64_t n = first; n < last; n++)
+      for (int64_t r = 0; r < p.rank; r++) {
+        const A sum = sums[P::sum_at(n, r, padded)];
+        static_cast<A*>(p.db)[n * p.rank + r] = gain ? gain[n] * sum : sum;
       }
-      if (p.dbias) static_cast<A*>(p.dbias)[n] = bias;
-      if (p.dgain) static_cast<A*>(p.dgain)[n] = of_gain;
+  }
+  for (int64_t n = first; n < last; n++) {
+    A bias = 0, of_gain = 0;
+    for (int64_t c = 0; c < chunks.count; c++) {
+      if (p.dbias) bias += partials.dbias(p, c)[n];
+      if (p.dgain) of_gain += partials.dgain(p, c)[n];
     }
-    if (p.ddelta)
-      for (int64_t c = 0; c < chunks.count; c++) {
-        const int64_t chunk_last = at_most((c + 1) * chunks.rows, total) - 1;
-        const int64_t from = c * chunks.rows / per_sample, to = chunk_last / per_sample;
-        for (int64_t slot = 0; slot < (to > from ? 2 : 1); slot++)
-          for (int64_t n = first; n < last; n++)
-            static_cast<A*>(p.ddelta)[(slot ? to : from) * width + n] += partials.ddelta(p, c)[slot * partials.width + n];
-      }
+    if (p.dbias) static_cast<A*>(p.dbias)[n] = bias;
+    if (p.dgain) static_cast<A*>(p.dgain)[n] = of_gain;
+  }
+  if (p.ddelta)
+    for (int64_t c = 0; c < chunks.count; c++) {
+      const int64_t chunk_last = at_most((c + 1) * chunks.rows, total) - 1;
+      const int64_t from = c * chunks.rows / per_sample, to = chunk_last / per_sample;
+      for (int64_t slot = 0; slot < (to > from ? 2 : 1); slot++)
+        for (int64_t n = first; n < last; n++)
+          static_cast<A*>(p.ddelta)[(slot ? to : from) * width + n] += partials.ddelta(p, c)[slot * partials.width + n];
+    }
+}
+
+// Rows [first, first + here) of one chunk: their dS, and their part of the chunk's sums.
+template <class P>
+inline void adapter_rows(const AdapterBackward& p, const Partials<P>& partials, const Chunks& chunks, int64_t chunk,
+                         int64_t first, int64_t here) {
+  using A = typename P::A;
+  using Packed = typename P::Packed;
+  const int64_t width = p.dy.width, padded = partials.padded;
+  const int64_t from = chunk * chunks.rows / p.dy.per_sample;
+  const int64_t to = (at_most((chunk + 1) * chunks.rows, p.dy.total()) - 1) / p.dy.per_sample;
+  const Packed* b = reinterpret_cast<const Packed*>(partials.b);
+  Ahead<typename P::Element> ahead;
+  alignas(64) Packed block[BLOCK_ROWS * BLOCK_COLS], s[BLOCK_ROWS * MAX_RANK];
+  alignas(64) A ds[BLOCK_ROWS * MAX_RANK];
+  if (p.db) P::pack_rows(p.s, first, here, p.rank, padded, s);
+  if (p.ds) std::memset(ds, 0, sizeof(A) * BLOCK_ROWS * padded);
+  for (int64_t col = 0; col < width; col += BLOCK_COLS) {
+    const int64_t cols = at_most(BLOCK_COLS, width - col);
+    P::read(p.dy, {}, first, here, col, cols, block, &ahead);
+    if (p.ds) P::gather_rows(block, here, cols, b + col * padded, padded, ds, &ahead);
+    if (p.db) P::gather_cols(block, here, cols, s, padded, partials.db(p, chunk) + col * padded, &ahead);
+    if (p.dbias || p.dgain || p.ddelta)
+      add_column_sums<P>(p, block, partials, chunk, from, to, first, here, col, cols);
+  }
+  if (p.ds) write_thin(p.ds, p.ds_type, first, here, p.rank, static_cast<A>(p.scaling), ds, padded);
+}
+
+// rows(chunk, first, here) for every block of rows, chunk by chunk, after begin(chunk)
+template <class P, class Begin, class RowsOf>
+inline void each_block(const Chunks& chunks, int64_t total, Parallel parallel, const Begin& begin, const RowsOf& rows) {
+  run(parallel, chunks.count, [&](int64_t chunk) {
+    [[maybe_unused]] const typename P::Session session;
+    const int64_t last = at_most((chunk + 1) * chunks.rows, total);
+    begin(chunk);
+    for (int64_t first = chunk * chunks.rows; first < last; first += BLOCK_ROWS)
+      rows(chunk, first, at_most(BLOCK_ROWS, last - first));
   });
 }
 
 template <class P>
 void adapter_backward(const AdapterBackward& p, Parallel parallel) {
   using A = typename P::A;
-  using Packed = typename P::Packed;
-  const int64_t rows = p.dy.total(), width = p.dy.width;
-  const Chunks chunks(rows);
+  const Chunks chunks(p.dy.total());
   const Partials<P> partials(p, p.work);
-  const int64_t padded = partials.padded;
-  const Packed* b = reinterpret_cast<const Packed*>(partials.b);
-  if (p.ds) pack_all<P>(p.b, width, p.rank, p.gain, partials.b, parallel);
-  if (p.ddelta) std::memset(p.ddelta, 0, sizeof(A) * p.dy.samples * width);
-  run(parallel, chunks.count, [&](int64_t chunk) {
-    [[maybe_unused]] const typename P::Session session;
-    const int64_t chunk_first = chunk * chunks.rows, chunk_last = at_most(chunk_first + chunks.rows, rows);
-    const int64_t from = chunk_first / p.dy.per_sample, to = (chunk_last - 1) / p.dy.per_sample;
-    Ahead<typename P::Element> ahead;
-    alignas(64) Packed block[BLOCK_ROWS * BLOCK_COLS], s[BLOCK_ROWS * MAX_RANK];
-    alignas(64) A ds[BLOCK_ROWS * MAX_RANK];
-    std::memset(partials.db(p, chunk), 0, sizeof(A) * partials.per_chunk);
-    for (int64_t first = chunk_first; first < chunk_last; first += BLOCK_ROWS) {
-      const int64_t here = at_most(BLOCK_ROWS, chunk_last - first);
-      if (p.db) P::pack_rows(p.s, first, here, p.rank, padded, s);
-      if (p.ds) std::memset(ds, 0, sizeof(A) * BLOCK_ROWS * padded);
-      for (int64_t col = 0; col < width; col += BLOCK_COLS) {
-        const int64_t cols = at_most(BLOCK_COLS, width - col);
-        P::read(p.dy, {}, first, here, col, cols, block, &ahead);
-        if (p.ds) P::gather_rows(block, here, cols, b + col * padded, padded, ds, &ahead);
-        if (p.db) P::gather_cols(block, here, cols, s, padded, partials.db(p, chunk) + col * padded, &ahead);
-        if (p.dbias || p.dgain || p.ddelta)
-          add_column_sums<P>(p, block, partials, chunk, from, to, first, here, col, cols);
-      }
-      if (p.ds)
-        for (int64_t i = 0; i < here; i++)
-          for (int64_t r = 0; r < p.rank; r++)
-            write_thin(p.ds, p.ds_type, (first + i) * p.rank + r, static_cast<A>(p.scaling) * ds[i * padded + r]);
-    }
-  });
-  add_partials<P>(p, partials, chunks, parallel);
+  if (p.ds) pack_all<P>(p.b, p.dy.width, p.rank, p.gain, partials.b, parallel);
+  if (p.ddelta) std::memset(p.ddelta, 0, sizeof(A) * p.dy.samples * p.dy.width);
+  each_block<P>(
+      chunks, p.dy.total(), parallel,
+      [&](int64_t chunk) { std::memset(partials.db(p, chunk), 0, sizeof(A) * partials.per_chunk); },
+      [&](int64_t chunk, int64_t first, int64_t here) { adapter_rows<P>(p, partials, chunks, chunk, first, here); });
+  run(parallel, col_tasks(p.dy.width), [&](int64_t task) { finish_adapter<P>(p, partials, chunks, task); });
+}
+
+template <class P>
+inline int64_t lora_a_partial(const LoraABackward& p) {
+  return round_up(p.x.width, BLOCK_COLS) * P::padded_rank(p.rank);
 }
 
 template <class P>
 int64_t lora_a_backward_work(const LoraABackward& p) {
-  return Chunks(p.x.total()).count * round_up(p.x.width, BLOCK_COLS) * P::padded_rank(p.rank);
+  return Chunks(p.x.total()).count * lora_a_partial<P>(p);
+}
+
+// Rows [first, first + here): their part of one chunk's sums.
+template <class P>
+inline void lora_a_rows(const LoraABackward& p, typename P::A* sums, int64_t first, int64_t here) {
+  using A = typename P::A;
+  using Packed = typename P::Packed;
+  const int64_t padded = P::padded_rank(p.rank);
+  const Reading<A> reading{p.dropout, static_cast<const A*>(p.delta), static_cast<const A*>(p.mask)};
+  Ahead<typename P::Element> ahead;
+  alignas(64) Packed block[BLOCK_ROWS * BLOCK_COLS], ds[BLOCK_ROWS * MAX_RANK];
+  P::pack_rows(p.ds, first, here, p.rank, padded, ds);
+  for (int64_t col = 0; col < p.x.width; col += BLOCK_COLS) {
+    const int64_t cols = at_most(BLOCK_COLS, p.x.width - col);
+    P::read(p.x, reading, first, here, col, cols, block, &ahead);
+    P::gather_cols(block, here, cols, ds, padded, sums + col * padded, &ahead);
+  }
+}
+
+// Columns of one task, all chunks' sums added up.
+template <class P>
+inline void finish_lora_a(const LoraABackward& p, const Chunks& chunks, int64_t task) {
+  using A = typename P::A;
+  const int64_t padded = P::padded_rank(p.rank), first = task * BLOCK_COLS;
+  A* sums = static_cast<A*>(p.work);
+  add_chunks(sums, chunks.count, lora_a_partial<P>(p), first * padded, BLOCK_COLS * padded);
+  for (int64_t r = 0; r < p.rank; r++)
+    for (int64_t k = first; k < at_most(first + BLOCK_COLS, p.x.width); k++)
+      static_cast<A*>(p.da)[r * p.x.width + k] = sums[P::sum_at(k, r, padded)];
 }
 
 template <class P>
 void lora_a_backward(const LoraABackward& p, Parallel parallel) {
   using A = typename P::A;
-  using Packed = typename P::Packed;
-  const int64_t rows = p.x.total(), width = p.x.width, padded = P::padded_rank(p.rank);
-  const int64_t partial = round_up(width, BLOCK_COLS) * padded;
-  const Chunks chunks(rows);
+  const Chunks chunks(p.x.total());
+  const int64_t partial = lora_a_partial<P>(p);
   A* sums = static_cast<A*>(p.work);
-  const Reading<A> reading{p.dropout, static_cast<const A*>(p.delta), static_cast<const A*>(p.mask)};
-  run(parallel, chunks.count, [&](int64_t chunk) {
-    [[maybe_unused]] const typename P::Session session;
-    const int64_t chunk_last = at_most((chunk + 1) * chunks.rows, rows);
-    Ahead<typename P::Element> ahead;
-    alignas(64) Packed block[BLOCK_ROWS * BLOCK_COLS], ds[BLOCK_ROWS * MAX_RANK];
-    std::memset(sums + chunk * partial, 0, sizeof(A) * partial);
-    for (int64_t first = chunk * chunks.rows; first < chunk_last; first += BLOCK_ROWS) {
-      const int64_t here = at_most(BLOCK_ROWS, chunk_last - first);
-      P::pack_rows(p.ds, first, here, p.rank, padded, ds);
-      for (int64_t col = 0; col < width; col += BLOCK_COLS) {
-        const int64_t cols = at_most(BLOCK_COLS, width - col);
-        P::read(p.x, reading, first, here, col, cols, block, &ahead);
-        P::gather_cols(block, here, cols, ds, padded, sums + chunk * partial + col * padded, &ahead);
-      }
-    }
-  });
-  run(parallel, col_tasks(width), [&](int64_t task) {
-    const int64_t first = task * BLOCK_COLS, last = at_most(first + BLOCK_COLS, width);
-    add_chunks(sums, chunks.count, partial, first * padded, BLOCK_COLS * padded);
-    for (int64_t r = 0; r < p.rank; r++)
-      for (int64_t k = first; k < last; k++) static_cast<A*>(p.da)[r * width + k] = sums[P::sum_at(k, r, padded)];
-  });
+  each_block<P>(
+      chunks, p.x.total(), parallel,
+      [&](int64_t chunk) { std::memset(sums + chunk * partial, 0, sizeof(A) * partial); },
+      [&](int64_t chunk, int64_t first, int64_t here) { lora_a_rows<P>(p, sums + chunk * partial, first, here); });
+  run(parallel, col_tasks(p.x.width), [&](int64_t task) { finish_lora_a<P>(p, chunks, task); });
 }
 
 template <class P>
@@ -233,29 +259,75 @@ struct FinishInput {
   }
 };
 
+// Rows [first, first + here) of dx; A is packed in p.work.
 template <class P>
-void input_epilogue(const InputEpilogue& p, Parallel parallel) {
+inline void input_rows(const InputEpilogue& p, int64_t first, int64_t here) {
   using A = typename P::A;
   using E = typename P::Element;
   using Packed = typename P::Packed;
+  alignas(64) Packed ds[BLOCK_ROWS * MAX_RANK];
+  alignas(64) A factors[BLOCK_ROWS * BLOCK_COLS];
+  P::pack_spread(p.ds, first, here, p.rank, A(1), ds);
+  for (int64_t strip = 0; strip < p.width; strip += BLOCK_COLS) {
+    const int64_t cols = at_most(BLOCK_COLS, p.width - strip), at = first * p.width + strip;
+    if (p.dropout.below)
+      for (int64_t i = 0; i < here; i++)
+        dropout_factors(p.dropout, first + i, strip, cols, p.width, factors + i * BLOCK_COLS);
+    const E* product = static_cast<const E*>(p.product);
+    const FinishInput<P> finish{static_cast<E*>(p.dx) + at, product ? product + at : nullptr,
+                                p.dropout.below ? factors : nullptr, p.width, p.accumulate};
+    const Packed* wide = static_cast<const Packed*>(p.work) + P::wide_at(strip, p.rank);
+    P::spread(ds, p.rank, wide, p.width, here, cols, finish);
+  }
+}
+
+template <class P>
+void input_epilogue(const InputEpilogue& p, Parallel parallel) {
   pack_wide_all<P>(transposed(p.a), p.width, p.rank, p.work, parallel);
   run(parallel, row_tasks(p.total), [&](int64_t task) {
     [[maybe_unused]] const typename P::Session session;
-    const int64_t first = task * BLOCK_ROWS, here = at_most(BLOCK_ROWS, p.total - first);
-    alignas(64) Packed ds[BLOCK_ROWS * MAX_RANK];
-    alignas(64) A factors[BLOCK_ROWS * BLOCK_COLS];
-    P::pack_spread(p.ds, first, here, p.rank, A(1), ds);
-    for (int64_t strip = 0; strip < p.width; strip += BLOCK_COLS) {
-      const int64_t cols = at_most(BLOCK_COLS, p.width - strip), at = first * p.width + strip;
-      if (p.dropout.below)
-        for (int64_t i = 0; i < here; i++)
-          dropout_factors(p.dropout, first + i, strip, cols, p.width, factors + i * BLOCK_COLS);
-      const E* product = static_cast<const E*>(p.product);
-      const FinishInput<P> finish{static_cast<E*>(p.dx) + at, product ? product + at : nullptr,
-                                  p.dropout.below ? factors : nullptr, p.width, p.accumulate};
-      const Packed* wide = static_cast<const Packed*>(p.work) + P::wide_at(strip, p.rank);
-      P::spread(ds, p.rank, wide, p.width, here, cols, finish);
-    }
+    const int64_t first = task * BLOCK_ROWS;
+    input_rows<P>(p, first, at_most(BLOCK_ROWS, p.total - first));
+  });
+}
+
+template <class P>
+int64_t linear_backward_work(const LinearBackward& p) {
+  return adapter_backward_work<P>(p.adapter) + (p.need_a ? lora_a_backward_work<P>(p.lora_a) : 0) +
+         (p.need_x ? input_epilogue_work<P>(p.input) : 0);
+}
+
+// The three above in one pass: what one needs of a row is still in the cache when another has left it there.
+template <class P>
+void linear_backward(LinearBackward p, Parallel parallel) {
+  using A = typename P::A;
+  const int64_t rows = p.adapter.dy.total(), width = p.adapter.dy.width;
+  const Chunks chunks(rows);
+  p.lora_a.work = static_cast<A*>(p.adapter.work) + adapter_backward_work<P>(p.adapter);
+  p.input.work = static_cast<A*>(p.lora_a.work) + (p.need_a ? lora_a_backward_work<P>(p.lora_a) : 0);
+  const Partials<P> partials(p.adapter, p.adapter.work);
+  A* sums = static_cast<A*>(p.lora_a.work);
+  const int64_t partial = p.need_a ? lora_a_partial<P>(p.lora_a) : 0;
+  const int64_t of_b = col_tasks(width), of_a = p.need_a ? col_tasks(p.lora_a.x.width) : 0;
+  run(parallel, of_b + (p.need_x ? col_tasks(p.input.width) : 0), [&](int64_t task) {
+    if (task >= of_b) pack_wide_task<P>(transposed(p.input.a), p.input.width, p.input.rank, p.input.work, task - of_b);
+    else if (p.adapter.ds) pack_task<P>(p.adapter.b, width, p.adapter.rank, p.adapter.gain, partials.b, task);
+  });
+  if (p.adapter.ddelta) std::memset(p.adapter.ddelta, 0, sizeof(A) * p.adapter.dy.samples * width);
+  each_block<P>(
+      chunks, rows, parallel,
+      [&](int64_t chunk) {
+        std::memset(partials.db(p.adapter, chunk), 0, sizeof(A) * partials.per_chunk);
+        std::memset(sums + chunk * partial, 0, sizeof(A) * partial);
+      },
+      [&](int64_t chunk, int64_t first, int64_t here) {
+        adapter_rows<P>(p.adapter, partials, chunks, chunk, first, here);
+        if (p.need_a) lora_a_rows<P>(p.lora_a, sums + chunk * partial, first, here);
+        if (p.need_x) input_rows<P>(p.input, first, here);
+      });
+  run(parallel, of_b + of_a, [&](int64_t task) {
+    if (task >= of_b) finish_lora_a<P>(p.lora_a, chunks, task - of_b);
+    else finish_adapter<P>(p.adapter, partials, chunks, task);
   });
 }
 

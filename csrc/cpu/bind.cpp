@@ -1,6 +1,7 @@
 // The CPU implementations of the operators in csrc/library.cpp: tensors in, plain arguments out to the kernels.
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <limits>
 #include <tuple>
 
@@ -50,74 +51,116 @@ Dropout dropout_of(const Optional& seed, int64_t below, double keep_scale) {
   return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr())), below, keep_scale};
 }
 
+// Scratch of `size` accumulators of `like`'s elements.
+Tensor work_for(int64_t size, const Tensor& like) {
+  return torch::stable::new_empty(like, {size}, accumulator_of(like.scalar_type()));
+}
+
 Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
 }
 
-Tensor shrink(const Tensor& x, const Tensor& a, double scaling, const Optional& seed, int64_t drop_below,
-              double keep_scale, const Optional& gain, int64_t site, const Optional& delta, const Optional& mask) {
+Shrink shrink_of(const Tensor& x, const Tensor& a, double scaling, const Dropout& dropout, const Optional& gain,
+                 int64_t site, const Optional& delta, const Optional& mask) {
   const ScalarType element = x.scalar_type(), wide = accumulator_of(element);
   want(a.dim() == 2, "a", shape_of(a), "2 dimensions");
-  const int64_t rank = a.size(0);
-  want_rank(a, "a", rank);
   Shrink p{};
+  p.rank = a.size(0);
+  want_rank(a, "a", p.rank);
   p.x = rows_of(x, "x");
-  p.a = thin_of(a, "a", element, rank, p.x.width, x);
-  p.rank = rank;
+  p.a = thin_of(a, "a", element, p.rank, p.x.width, x);
   p.scaling = scaling;
-  p.dropout = dropout_of(seed, drop_below, keep_scale);
+  p.dropout = dropout;
   p.gain = data_of(gain, "gain", wide, p.x.width, x);
   want(site >= 0 && site <= 2, "site", std::to_string(site), "0, 1 or 2");
   want(site == 0 || (delta && mask), "delta and mask", "None", "tensors for an echo inside the adapter");
   p.site = static_cast<Site>(site);
-  p.delta = data_of(delta, "delta", wide, p.x.samples * (site == 2 ? rank : p.x.width), x);
+  if (site == 0) return p;
+  p.delta = data_of(delta, "delta", wide, p.x.samples * (site == 2 ? p.rank : p.x.width), x);
   p.mask = data_of(mask, "mask", wide, p.x.total(), x);
-  const Tensor s = empty(x, {p.x.total(), rank}, a.scalar_type());
+  return p;
+}
+
+Tensor shrink(const Tensor& x, const Tensor& a, double scaling, const Optional& seed, int64_t drop_below,
+              double keep_scale, const Optional& gain, int64_t site, const Optional& delta, const Optional& mask) {
+  Shrink p = shrink_of(x, a, scaling, dropout_of(seed, drop_below, keep_scale), gain, site, delta, mask);
+  const Tensor s = empty(x, {p.x.total(), p.rank}, a.scalar_type());
   p.s = s.data_ptr();
   p.s_type = type_of(a);
   if (p.x.total() == 0) return s;
-  const Tensor work = empty(x, {kernels().shrink_work(p)}, wide);
+  const Tensor work = work_for(kernels().shrink_work(p), x);
   p.work = work.data_ptr();
   kernels().shrink(p, parallel);
   return s;
 }
 
-void linear_epilogue(const Tensor& s, const Tensor& b, const Optional& z, const Optional& base, const Optional& gain,
-                     const Optional& bias, const Optional& delta, const Optional& mask, const Tensor& y, bool store_z) {
+LinearEpilogue epilogue_of(const Tensor& s, const Tensor& b, const Optional& z, const Optional& base,
+                           const Optional& gain, const Optional& bias, const Optional& delta, const Optional& mask,
+                           const Tensor& y, bool store_z) {
   want_rows(y, "y");
   const ScalarType element = y.scalar_type(), wide = accumulator_of(element);
   const int64_t rows = y.size(0) * y.size(1), width = y.size(2);
   want(s.dim() == 2, "s", shape_of(s), "2 dimensions");
-  const int64_t rank = s.size(1);
-  want_rank(s, "s", rank);
-  want_dense(y, "y", element, rows * width, s);
   LinearEpilogue p{};
+  p.rank = s.size(1);
+  want_rank(s, "s", p.rank);
+  want_dense(y, "y", element, rows * width, s);
   p.samples = y.size(0);
   p.per_sample = y.size(1);
   p.width = width;
-  p.rank = rank;
   p.type = type_of(y);
-  p.s = thin_of(s, "s", element, rows, rank, y);
-  p.b = thin_of(b, "b", element, width, rank, y);
+  p.s = thin_of(s, "s", element, rows, p.rank, y);
+  p.b = thin_of(b, "b", element, width, p.rank, y);
   p.z = data_of(z, "z", element, rows * width, y);
   p.base = data_of(base, "base", element, rows * width, y);
   p.gain = data_of(gain, "gain", wide, width, y);
   p.bias = data_of(bias, "bias", wide, width, y);
-  want(delta.has_value() == mask.has_value(), "mask", mask ? "a tensor" : "None", "one exactly where delta is given");
+  want(!delta || mask, "mask", "None", "a tensor where delta is given");
   p.delta = data_of(delta, "delta", wide, p.samples * width, y);
-  p.mask = data_of(mask, "mask", wide, rows, y);
+  if (delta) p.mask = data_of(mask, "mask", wide, rows, y);
   want(z || !(store_z || base), "z", "None", "a tensor where store_z or base is given");
   p.y = y.data_ptr();
   p.store_z = store_z;
-  if (rows * width == 0) return;
-  const Tensor work = empty(y, {kernels().linear_epilogue_work(p)}, wide);
+  return p;
+}
+
+void linear_epilogue(const Tensor& s, const Tensor& b, const Optional& z, const Optional& base, const Optional& gain,
+                     const Optional& bias, const Optional& delta, const Optional& mask, const Tensor& y, bool store_z) {
+  LinearEpilogue p = epilogue_of(s, b, z, base, gain, bias, delta, mask, y, store_z);
+  if (y.numel() == 0) return;
+  const Tensor work = work_for(kernels().linear_epilogue_work(p), y);
   p.work = work.data_ptr();
   kernels().linear_epilogue(p, parallel);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
-    const Tensor& dy, const Optional& s, const Tensor& b, double scaling, const Optional& gain, const Optional& z,
-    const Optional& mask, bool need_ds, bool need_db, bool need_dbias, bool need_dgain, bool need_ddelta) {
+Tensor linear_forward(const Tensor& x, const Tensor& a, const Tensor& b, double scaling, const Optional& seed,
+                      int64_t drop_below, double keep_scale, int64_t site, const Optional& delta, const Optional& mask,
+                      const Optional& z, const Optional& base, const Optional& gain, const Optional& bias,
+                      const Tensor& y, bool store_z) {
+  const Dropout dropout = dropout_of(seed, drop_below, keep_scale);
+  const Optional inner = site == 3 ? std::nullopt : delta, outer = site == 3 ? delta : std::nullopt;
+  LinearForward p{};
+  p.shrink = shrink_of(x, a, scaling, dropout, std::nullopt, site == 3 ? 0 : site, inner, mask);
+  const Tensor s = empty(x, {p.shrink.x.total(), p.shrink.rank}, a.scalar_type());
+  p.shrink.s = s.data_ptr();
+  p.shrink.s_type = type_of(a);
+  p.epilogue = epilogue_of(s, b, z, base, gain, bias, outer, mask, y, store_z);
+  if (y.numel() == 0) return s;
+  const Tensor work = work_for(kernels().linear_forward_work(p), x);
+  p.shrink.work = work.data_ptr();
+  kernels().linear_forward(p, parallel);
+  return s;
+}
+
+// What one pass over dy yields, [rows, r], [N, r], [N], [N], [n, N]; those that are not needed are empty.
+struct AdapterResults {
+  Tensor ds, db, dbias, dgain, ddelta;
+};
+
+AdapterBackward adapter_of(const Tensor& dy, const Optional& s, const Tensor& b, double scaling, const Optional& gain,
+                           const Optional& z, const Optional& mask, const std::array<bool, 5>& needs,
+                           AdapterResults* results) {
+  const auto [need_ds, need_db, need_dbias, need_dgain, need_ddelta] = needs;
   const ScalarType element = dy.scalar_type(), wide = accumulator_of(element);
   AdapterBackward p{};
   p.dy = rows_of(dy, "dy");
@@ -134,28 +177,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
   p.gain = data_of(gain, "gain", wide, width, dy);
   p.z = data_of(z, "z", element, rows * width, dy);
   p.mask = data_of(mask, "mask", wide, rows, dy);
-  const auto result = [&](bool needed, const std::vector<int64_t>& shape) {
-    return empty(dy, needed ? shape : std::vector<int64_t>{0}, wide);
+  const auto result = [&](bool needed, Tensor* to, const std::vector<int64_t>& shape, ScalarType dtype) {
+    *to = empty(dy, needed ? shape : std::vector<int64_t>{0}, dtype);
+    return needed ? to->data_ptr() : nullptr;
   };
-  const Tensor ds = empty(dy, {need_ds ? rows : 0, p.rank}, b.scalar_type()), db = result(need_db, {width, p.rank});
-  const Tensor dbias = result(need_dbias, {width}), dgain = result(need_dgain, {width});
-  const Tensor ddelta = result(need_ddelta, {p.dy.samples, width});
-  p.ds = need_ds ? ds.data_ptr() : nullptr;
+  p.ds = result(need_ds, &results->ds, {rows, p.rank}, b.scalar_type());
   p.ds_type = type_of(b);
-  p.db = need_db ? db.data_ptr() : nullptr;
-  p.dbias = need_dbias ? dbias.data_ptr() : nullptr;
-  p.dgain = need_dgain ? dgain.data_ptr() : nullptr;
-  p.ddelta = need_ddelta ? ddelta.data_ptr() : nullptr;
-  if (rows > 0 && (need_ds || need_db || need_dbias || need_dgain || need_ddelta)) {
-    const Tensor work = empty(dy, {kernels().adapter_backward_work(p)}, wide);
+  p.db = result(need_db, &results->db, {width, p.rank}, wide);
+  p.dbias = result(need_dbias, &results->dbias, {width}, wide);
+  p.dgain = result(need_dgain, &results->dgain, {width}, wide);
+  p.ddelta = result(need_ddelta, &results->ddelta, {p.dy.samples, width}, wide);
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
+    const Tensor& dy, const Optional& s, const Tensor& b, double scaling, const Optional& gain, const Optional& z,
+    const Optional& mask, bool need_ds, bool need_db, bool need_dbias, bool need_dgain, bool need_ddelta) {
+  AdapterResults results;
+  AdapterBackward p = adapter_of(dy, s, b, scaling, gain, z, mask,
+                                 {need_ds, need_db, need_dbias, need_dgain, need_ddelta}, &results);
+  if (dy.numel() > 0 && (need_ds || need_db || need_dbias || need_dgain || need_ddelta)) {
+    const Tensor work = work_for(kernels().adapter_backward_work(p), dy);
     p.work = work.data_ptr();
     kernels().adapter_backward(p, parallel);
   }
-  return {ds, db, dbias, dgain, ddelta};
+  return {results.ds, results.db, results.dbias, results.dgain, results.ddelta};
 }
 
-Tensor lora_a_backward(const Tensor& x, const Tensor& ds, const Optional& seed, int64_t drop_below, double keep_scale,
-                       const Optional& delta, const Optional& mask) {
+LoraABackward lora_a_of(const Tensor& x, const Tensor& ds, const Dropout& dropout, const Optional& delta,
+                        const Optional& mask, Tensor* da) {
   const ScalarType element = x.scalar_type(), wide = accumulator_of(element);
   LoraABackward p{};
   p.x = rows_of(x, "x");
@@ -163,24 +213,32 @@ Tensor lora_a_backward(const Tensor& x, const Tensor& ds, const Optional& seed, 
   p.rank = ds.size(1);
   want_rank(ds, "ds", p.rank);
   p.ds = thin_of(ds, "ds", element, p.x.total(), p.rank, x);
-  p.dropout = dropout_of(seed, drop_below, keep_scale);
-  want(delta.has_value() == mask.has_value(), "mask", mask ? "a tensor" : "None", "one exactly where delta is given");
+  p.dropout = dropout;
+  want(!delta || mask, "mask", "None", "a tensor where delta is given");
   p.delta = data_of(delta, "delta", wide, p.x.samples * p.x.width, x);
-  p.mask = data_of(mask, "mask", wide, p.x.total(), x);
-  const Tensor da = empty(x, {p.rank, p.x.width}, wide);
-  p.da = da.data_ptr();
-  const Tensor work = empty(x, {kernels().lora_a_backward_work(p)}, wide);
+  if (delta) p.mask = data_of(mask, "mask", wide, p.x.total(), x);
+  *da = empty(x, {p.rank, p.x.width}, wide);
+  p.da = da->data_ptr();
+  return p;
+}
+
+Tensor lora_a_backward(const Tensor& x, const Tensor& ds, const Optional& seed, int64_t drop_below, double keep_scale,
+                       const Optional& delta, const Optional& mask) {
+  Tensor da;
+  LoraABackward p = lora_a_of(x, ds, dropout_of(seed, drop_below, keep_scale), delta, mask, &da);
+  const Tensor work = work_for(kernels().lora_a_backward_work(p) + 1, x);
   p.work = work.data_ptr();
+  if (p.x.total() == 0) return torch::stable::zero_(da);
   kernels().lora_a_backward(p, parallel);
   return da;
 }
 
-void input_epilogue(const Tensor& ds, const Tensor& a, const Optional& product, const Optional& seed,
-                    int64_t drop_below, double keep_scale, bool accumulate, const Tensor& dx) {
+InputEpilogue input_of(const Tensor& ds, const Tensor& a, const Optional& product, const Dropout& dropout,
+                       bool accumulate, const Tensor& dx) {
   want(dx.dim() == 2, "dx", shape_of(dx), "2 dimensions");
   want_element(dx, "dx");
   want(ds.dim() == 2, "ds", shape_of(ds), "2 dimensions");
-  const ScalarType element = dx.scalar_type(), wide = accumulator_of(element);
+  const ScalarType element = dx.scalar_type();
   InputEpilogue p{};
   p.total = dx.size(0);
   p.width = dx.size(1);
@@ -191,13 +249,43 @@ void input_epilogue(const Tensor& ds, const Tensor& a, const Optional& product, 
   p.ds = thin_of(ds, "ds", element, p.total, p.rank, dx);
   p.a = thin_of(a, "a", element, p.rank, p.width, dx);
   p.product = data_of(product, "product", element, p.total * p.width, dx);
-  p.dropout = dropout_of(seed, drop_below, keep_scale);
+  p.dropout = dropout;
   p.accumulate = accumulate;
   p.dx = dx.data_ptr();
-  if (p.total * p.width == 0) return;
-  const Tensor work = empty(dx, {kernels().input_epilogue_work(p)}, wide);
+  return p;
+}
+
+void input_epilogue(const Tensor& ds, const Tensor& a, const Optional& product, const Optional& seed,
+                    int64_t drop_below, double keep_scale, bool accumulate, const Tensor& dx) {
+  InputEpilogue p = input_of(ds, a, product, dropout_of(seed, drop_below, keep_scale), accumulate, dx);
+  if (dx.numel() == 0) return;
+  const Tensor work = work_for(kernels().input_epilogue_work(p), dx);
   p.work = work.data_ptr();
   kernels().input_epilogue(p, parallel);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
+    const Tensor& dy, const Optional& s, const Tensor& b, double scaling, const Optional& gain, const Optional& z,
+    const Optional& mask, const Optional& x, const Optional& a, const Optional& seed, int64_t drop_below,
+    double keep_scale, const Optional& delta, const Optional& product, const Optional& dx, bool need_ds, bool need_db,
+    bool need_dbias, bool need_dgain, bool need_ddelta) {
+  const Dropout dropout = dropout_of(seed, drop_below, keep_scale);
+  AdapterResults results;
+  LinearBackward p{};
+  p.need_a = x.has_value();
+  p.need_x = dx.has_value();
+  want(a || !dx, "a", "None", "a tensor where dx is given");
+  p.adapter = adapter_of(dy, s, b, scaling, gain, z, mask,
+                         {need_ds || p.need_a || p.need_x, need_db, need_dbias, need_dgain, need_ddelta}, &results);
+  Tensor da = empty(dy, {0}, accumulator_of(dy.scalar_type()));
+  if (x) p.lora_a = lora_a_of(*x, results.ds, dropout, delta, mask, &da);
+  if (dx) p.input = input_of(results.ds, *a, product, dropout, true, *dx);
+  if (dy.numel() > 0) {
+    const Tensor work = work_for(kernels().linear_backward_work(p), dy);
+    p.adapter.work = work.data_ptr();
+    kernels().linear_backward(p, parallel);
+  }
+  return {results.ds, results.db, results.dbias, results.dgain, results.ddelta, da};
 }
 
 std::tuple<Tensor, Tensor> dora_norm(const Tensor& weight, const Tensor& a, const Tensor& b, double scaling,
@@ -251,6 +339,8 @@ STABLE_TORCH_LIBRARY_IMPL(echolora, CPU, m) {
   m.impl("adapter_backward", TORCH_BOX(&adapter_backward));
   m.impl("lora_a_backward", TORCH_BOX(&lora_a_backward));
   m.impl("input_epilogue", TORCH_BOX(&input_epilogue));
+  m.impl("linear_forward", TORCH_BOX(&linear_forward));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("dora_norm", TORCH_BOX(&dora_norm));
   m.impl("drop", TORCH_BOX(&drop));
 }

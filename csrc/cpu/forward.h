@@ -9,33 +9,44 @@ namespace ECHOLORA_ISA {
 inline int64_t row_tasks(int64_t rows) { return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
 inline int64_t col_tasks(int64_t cols) { return (cols + BLOCK_COLS - 1) / BLOCK_COLS; }
 
-// An adapter [width, rank] as `gather_rows` takes it.
+// BLOCK_COLS rows of an adapter [width, rank] as `gather_rows` takes it.
+template <class P>
+inline void pack_task(const Thin& thin, int64_t width, int64_t rank, const void* factor, void* packed, int64_t task) {
+  const int64_t padded = P::padded_rank(rank), first = task * BLOCK_COLS, here = at_most(BLOCK_COLS, width - first);
+  P::pack(thin, first, here, rank, padded, static_cast<const typename P::A*>(factor),
+          static_cast<typename P::Packed*>(packed) + first * padded);
+}
+
 template <class P>
 inline void pack_all(const Thin& thin, int64_t width, int64_t rank, const void* factor, void* packed, Parallel parallel) {
-  const int64_t padded = P::padded_rank(rank);
-  run(parallel, col_tasks(width), [&](int64_t task) {
-    const int64_t first = task * BLOCK_COLS, here = at_most(BLOCK_COLS, width - first);
-    P::pack(thin, first, here, rank, padded, static_cast<const typename P::A*>(factor),
-            static_cast<typename P::Packed*>(packed) + first * padded);
-  });
+  run(parallel, col_tasks(width), [&](int64_t task) { pack_task<P>(thin, width, rank, factor, packed, task); });
 }
 
-// An adapter [width, rank] as `spread` takes it.
+// The same as `spread` takes it.
+template <class P>
+inline void pack_wide_task(const Thin& thin, int64_t width, int64_t rank, void* wide, int64_t task) {
+  P::pack_wide(thin, task * BLOCK_COLS, width, rank, static_cast<typename P::Packed*>(wide));
+}
+
 template <class P>
 inline void pack_wide_all(const Thin& thin, int64_t width, int64_t rank, void* wide, Parallel parallel) {
-  run(parallel, col_tasks(width), [&](int64_t task) {
-    P::pack_wide(thin, task * BLOCK_COLS, width, rank, static_cast<typename P::Packed*>(wide));
-  });
+  run(parallel, col_tasks(width), [&](int64_t task) { pack_wide_task<P>(thin, width, rank, wide, task); });
 }
 
+// to[i][0 .. rank) = scaling * sums[i][0 .. rank) for `rows` rows, in the type of an adapter
 template <class A>
-inline void write_thin(void* out, Type type, int64_t at, A value) {
-  switch (type) {
-    case Type::f32: narrow(static_cast<float>(value), static_cast<float*>(out) + at); break;
-    case Type::f64: static_cast<double*>(out)[at] = value; break;
-    case Type::bf16: narrow(static_cast<float>(value), static_cast<bf16*>(out) + at); break;
-    default: narrow(static_cast<float>(value), static_cast<f16*>(out) + at);
-  }
+inline void write_thin(void* to, Type type, int64_t first, int64_t rows, int64_t rank, A scaling, const A* sums,
+                       int64_t padded) {
+  const auto write = [&](auto* out) {
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t r = 0; r < rank; r += LANES<A>)
+        store_part(out + (first + i) * rank + r, splat(scaling) * load(sums + i * padded + r),
+                   static_cast<int>(at_most(LANES<A>, rank - r)));
+  };
+  if constexpr (sizeof(A) == 8) return write(static_cast<double*>(to));
+  else if (type == Type::f32) write(static_cast<float*>(to));
+  else if (type == Type::bf16) write(static_cast<bf16*>(to));
+  else write(static_cast<f16*>(to));
 }
 
 template <class P>
@@ -43,37 +54,38 @@ int64_t shrink_work(const Shrink& p) {
   return P::packed_size(p.x.width, p.rank);
 }
 
+// Rows [first, first + here) of S; A is packed in p.work.
 template <class P>
-void shrink(const Shrink& p, Parallel parallel) {
+inline void shrink_rows(const Shrink& p, int64_t first, int64_t here) {
   using A = typename P::A;
   using Packed = typename P::Packed;
-  const int64_t rows = p.x.total(), padded = P::padded_rank(p.rank);
+  const int64_t padded = P::padded_rank(p.rank);
   const Packed* packed = static_cast<const Packed*>(p.work);
+  const A *delta = static_cast<const A*>(p.delta), *mask = static_cast<const A*>(p.mask);
+  const Reading<A> reading{p.dropout, p.site == Site::adapter_input ? delta : nullptr, mask};
+  Ahead<typename P::Element> ahead;
+  alignas(64) Packed block[BLOCK_ROWS * BLOCK_COLS];
+  alignas(64) A sums[BLOCK_ROWS * MAX_RANK];
+  std::memset(sums, 0, sizeof(A) * BLOCK_ROWS * padded);
+  for (int64_t col = 0; col < p.x.width; col += BLOCK_COLS) {
+    const int64_t cols = at_most(BLOCK_COLS, p.x.width - col);
+    P::read(p.x, reading, first, here, col, cols, block, &ahead);
+    P::gather_rows(block, here, cols, packed + col * padded, padded, sums, &ahead);
+  }
+  if (p.site == Site::rank)
+    for (int64_t i = 0; i < here; i++)
+      for (int64_t r = 0; r < p.rank; r++)
+        sums[i * padded + r] += mask[first + i] * delta[(first + i) / p.x.per_sample * p.rank + r];
+  write_thin(p.s, p.s_type, first, here, p.rank, static_cast<A>(p.scaling), sums, padded);
+}
+
+template <class P>
+void shrink(const Shrink& p, Parallel parallel) {
   pack_all<P>(transposed(p.a), p.x.width, p.rank, p.gain, p.work, parallel);
-  Reading<A> reading{p.dropout};
-  if (p.site == Site::adapter_input) reading.delta = static_cast<const A*>(p.delta);
-  reading.mask = static_cast<const A*>(p.mask);
-  run(parallel, row_tasks(rows), [&](int64_t task) {
+  run(parallel, row_tasks(p.x.total()), [&](int64_t task) {
     [[maybe_unused]] const typename P::Session session;
-    const int64_t first = task * BLOCK_ROWS, here = at_most(BLOCK_ROWS, rows - first);
-    Ahead<typename P::Element> ahead;
-    alignas(64) Packed block[BLOCK_ROWS * BLOCK_COLS];
-    alignas(64) A sums[BLOCK_ROWS * MAX_RANK];
-    std::memset(sums, 0, sizeof(A) * BLOCK_ROWS * padded);
-    for (int64_t col = 0; col < p.x.width; col += BLOCK_COLS) {
-      const int64_t cols = at_most(BLOCK_COLS, p.x.width - col);
-      P::read(p.x, reading, first, here, col, cols, block, &ahead);
-      P::gather_rows(block, here, cols, packed + col * padded, padded, sums, &ahead);
-    }
-    for (int64_t i = 0; i < here; i++) {
-      const int64_t m = first + i;
-      for (int64_t r = 0; r < p.rank; r++) {
-        A sum = sums[i * padded + r];
-        if (p.site == Site::rank)
-          sum += reading.mask[m] * static_cast<const A*>(p.delta)[m / p.x.per_sample * p.rank + r];
-        write_thin(p.s, p.s_type, m * p.rank + r, static_cast<A>(p.scaling) * sum);
-      }
-    }
+    const int64_t first = task * BLOCK_ROWS;
+    shrink_rows<P>(p, first, at_most(BLOCK_ROWS, p.x.total() - first));
   });
 }
 
@@ -124,23 +136,49 @@ struct FinishLinear {
   }
 };
 
+// Rows [first, first + here) of y; B is packed in p.work.
+template <class P>
+inline void linear_rows(const LinearEpilogue& p, int64_t first, int64_t here) {
+  using Packed = typename P::Packed;
+  alignas(64) Packed s[BLOCK_ROWS * MAX_RANK];
+  P::pack_spread(p.s, first, here, p.rank, typename P::A(1), s);
+  const Packed* wide = static_cast<const Packed*>(p.work);
+  if (p.z && !p.base && !p.gain && !p.bias && !p.delta && !p.store_z)
+    P::spread(s, p.rank, wide, p.width, here, p.width, FinishLinear<P, true>(p, first));
+  else
+    P::spread(s, p.rank, wide, p.width, here, p.width, FinishLinear<P, false>(p, first));
+}
+
 template <class P>
 void linear_epilogue(const LinearEpilogue& p, Parallel parallel) {
-  using A = typename P::A;
-  using Packed = typename P::Packed;
   const int64_t rows = p.samples * p.per_sample;
-  const bool z_alone = p.z && !p.base && !p.gain && !p.bias && !p.delta && !p.store_z;
   pack_wide_all<P>(p.b, p.width, p.rank, p.work, parallel);
   run(parallel, row_tasks(rows), [&](int64_t task) {
     [[maybe_unused]] const typename P::Session session;
+    const int64_t first = task * BLOCK_ROWS;
+    linear_rows<P>(p, first, at_most(BLOCK_ROWS, rows - first));
+  });
+}
+
+template <class P>
+int64_t linear_forward_work(const LinearForward& p) {
+  return shrink_work<P>(p.shrink) + linear_epilogue_work<P>(p.epilogue);
+}
+
+// Both in one pass over the rows.
+template <class P>
+void linear_forward(LinearForward p, Parallel parallel) {
+  p.epilogue.work = static_cast<typename P::A*>(p.shrink.work) + shrink_work<P>(p.shrink);
+  const int64_t rows = p.shrink.x.total(), of_a = col_tasks(p.shrink.x.width);
+  run(parallel, of_a + col_tasks(p.epilogue.width), [&](int64_t task) {
+    if (task < of_a) pack_task<P>(transposed(p.shrink.a), p.shrink.x.width, p.shrink.rank, p.shrink.gain, p.shrink.work, task);
+    else pack_wide_task<P>(p.epilogue.b, p.epilogue.width, p.epilogue.rank, p.epilogue.work, task - of_a);
+  });
+  run(parallel, row_tasks(rows), [&](int64_t task) {
+    [[maybe_unused]] const typename P::Session session;
     const int64_t first = task * BLOCK_ROWS, here = at_most(BLOCK_ROWS, rows - first);
-    alignas(64) Packed s[BLOCK_ROWS * MAX_RANK];
-    P::pack_spread(p.s, first, here, p.rank, A(1), s);
-    const Packed* wide = static_cast<const Packed*>(p.work);
-    if (z_alone)
-      P::spread(s, p.rank, wide, p.width, here, p.width, FinishLinear<P, true>(p, first));
-    else
-      P::spread(s, p.rank, wide, p.width, here, p.width, FinishLinear<P, false>(p, first));
+    shrink_rows<P>(p.shrink, first, here);
+    linear_rows<P>(p.epilogue, first, here);
   });
 }
 

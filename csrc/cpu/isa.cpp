@@ -41,6 +41,8 @@ ECHOLORA_RUN_BY_TYPES(linear_epilogue, LinearEpilogue, p.type, p.b.type)
 ECHOLORA_RUN_BY_TYPES(adapter_backward, AdapterBackward, p.dy.type, p.b.type)
 ECHOLORA_RUN_BY_TYPES(lora_a_backward, LoraABackward, p.x.type, p.ds.type)
 ECHOLORA_RUN_BY_TYPES(input_epilogue, InputEpilogue, p.type, p.a.type)
+ECHOLORA_RUN_BY_TYPES(linear_forward, LinearForward, p.shrink.x.type, p.shrink.a.type)
+ECHOLORA_RUN_BY_TYPES(linear_backward, LinearBackward, p.adapter.dy.type, p.adapter.b.type)
 
 int64_t dora_norm_work_any(const DoraNorm& p) {
   return p.wide ? dora_norm_work<Vectors<double>>(p) : dora_norm_work<Vectors<float>>(p);
@@ -69,6 +71,10 @@ const Kernels kernels = {
     lora_a_backward_any,
     input_epilogue_work_any,
     input_epilogue_any,
+    linear_forward_work_any,
+    linear_forward_any,
+    linear_backward_work_any,
+    linear_backward_any,
     dora_norm_work_any,
     dora_norm_any,
     drop_any,

@@ -95,6 +95,18 @@ struct InputEpilogue {
   void* work;
 };
 
+struct LinearForward {
+  Shrink shrink;            // its work serves both
+  LinearEpilogue epilogue;  // its s is what shrink writes
+};
+
+struct LinearBackward {
+  AdapterBackward adapter;  // its work serves all
+  LoraABackward lora_a;     // its ds is what adapter writes
+  InputEpilogue input;      // likewise
+  bool need_a, need_x;
+};
+
 struct DoraNorm {
   Thin weight;  // [d_out, d_in]
   Thin a, b;    // [rank, d_in], [d_out, rank]
@@ -128,6 +140,10 @@ struct Kernels {
   void (*lora_a_backward)(const LoraABackward&, Parallel);
   int64_t (*input_epilogue_work)(const InputEpilogue&);
   void (*input_epilogue)(const InputEpilogue&, Parallel);
+  int64_t (*linear_forward_work)(const LinearForward&);
+  void (*linear_forward)(const LinearForward&, Parallel);
+  int64_t (*linear_backward_work)(const LinearBackward&);
+  void (*linear_backward)(const LinearBackward&, Parallel);
   int64_t (*dora_norm_work)(const DoraNorm&);
   void (*dora_norm)(const DoraNorm&, Parallel);
   void (*drop)(const Drop&, Parallel);

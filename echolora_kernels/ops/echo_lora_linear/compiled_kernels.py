@@ -14,11 +14,12 @@ import torch
 
 from ...errors import BackendUnavailable
 from .dropout import Dropout
+from .echo import Echo
 from .kernels import AdapterGradients
 from .projection import Projection
 from .rows import accumulator_dtype, one_sample
 
-_SITES = {"none": 0, "adapter_input": 1, "rank": 2}
+_SITES = {"none": 0, "adapter_input": 1, "rank": 2, "output": 3}
 
 
 class CompiledKernels:
@@ -28,12 +29,13 @@ class CompiledKernels:
         name: the backend's, for messages.
         device_type: "cpu" or "cuda".
         rounds_s: whether S is in x's dtype whatever the adapters are in; else wider adapters keep it wider.
+        fused: whether the library has linear_forward and linear_backward for that device.
     """
 
     max_rank: int | None = 256
 
-    def __init__(self, name: str, device_type: str, rounds_s: bool) -> None:
-        self.name, self.device_type, self.rounds_s = name, device_type, rounds_s
+    def __init__(self, name: str, device_type: str, rounds_s: bool, fused: bool) -> None:
+        self.name, self.device_type, self.rounds_s, self.fused = name, device_type, rounds_s, fused
 
     def want_runnable(self, x: torch.Tensor) -> None:
         """Raise BackendUnavailable where no kernel can compute with `x`."""
@@ -95,10 +97,52 @@ class CompiledKernels:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """F2; see `Kernels`."""
         wide = accumulator_dtype(x.dtype)
+        y, rows, z, base = self._products(x, weight, gain, dropout, store_z, shape)
+        _operators().linear_epilogue.default(
+            s, _thin(lora_b, x.dtype), z, base, _dense(gain, wide), _dense(bias, wide), _dense(delta, wide),
+            _dense(mask, wide), rows, store_z,
+        )  # fmt: skip
+        return y, z if store_z else None
+
+    def linear_forward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        scaling: float,
+        *,
+        bias: torch.Tensor | None,
+        gain: torch.Tensor | None,
+        echo: Echo | None,
+        dropout: Dropout,
+        store_z: bool,
+        shape: tuple[int, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """F1 and F2; see `Kernels`."""
+        wide = accumulator_dtype(x.dtype)
+        y, rows, z, base = self._products(x, weight, gain, dropout, store_z, shape)
+        site, delta, mask = (0, None, None) if echo is None else (_SITES[echo.site], echo.delta, echo.mask)
+        s = _operators().linear_forward.default(
+            x, _thin(lora_a, x.dtype), _thin(lora_b, x.dtype), scaling, *_drawn(dropout), site, _dense(delta, wide),
+            _dense(mask, wide), z, base, _dense(gain, wide), _dense(bias, wide), rows, store_z,
+        )  # fmt: skip
+        return s, y, z if store_z else None
+
+    def _products(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        gain: torch.Tensor | None,
+        dropout: Dropout,
+        store_z: bool,
+        shape: tuple[int, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """y and its rows, for the epilogue; the product of what the gain applies to; and of x where that is another."""
         y = x.new_empty(shape)
+        flat, transposed, base = _flat(x), weight.t(), None
+        z = y.view(-1, weight.shape[0])
         rows = y.view(x.shape[0], x.shape[1], weight.shape[0])
-        flat, transposed = _flat(x), weight.t()
-        z, base = rows.view(-1, weight.shape[0]), None
         if store_z:
             z = torch.empty_like(z)
         with _without_autocast(x):
@@ -106,11 +150,7 @@ class CompiledKernels:
                 base = torch.mm(flat, transposed)
                 flat = _operators().drop.default(x, *_drawn(dropout))
             torch.mm(flat, transposed, out=z)
-        _operators().linear_epilogue.default(
-            s, _thin(lora_b, x.dtype), z, base, _dense(gain, wide), _dense(bias, wide), _dense(delta, wide),
-            _dense(mask, wide), rows, store_z,
-        )  # fmt: skip
-        return y, z if store_z else None
+        return y, rows, z, base
 
     def adapter_backward(
         self,
@@ -134,6 +174,41 @@ class CompiledKernels:
             dy, s, _thin(lora_b, dy.dtype), scaling, _dense(gain, wide), z, _dense(mask, wide), *needs
         )
         return AdapterGradients(*(sum_ if need else None for sum_, need in zip(sums, needs, strict=True)))
+
+    def linear_backward(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        s: torch.Tensor | None,
+        lora_a: torch.Tensor | None,
+        lora_b: torch.Tensor,
+        scaling: float,
+        *,
+        gain: torch.Tensor | None,
+        z: torch.Tensor | None,
+        delta: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        dropout: Dropout,
+        lora_dtype: torch.dtype,
+        need_ds: bool,
+        need_lora_b: bool,
+        need_bias: bool,
+        need_gain: bool,
+        need_delta: bool,
+    ) -> tuple[AdapterGradients, torch.Tensor | None, torch.Tensor | None]:
+        """B1, B2 and B3; see `Kernels`."""
+        wide, needs = accumulator_dtype(dy.dtype), (need_ds, need_lora_b, need_bias, need_gain, need_delta)
+        dx = of_dropped = None
+        if weight is not None:
+            dx, of_dropped = self._input_products([dy], [weight], [gain], dropout)
+        *sums, da = _operators().linear_backward.default(
+            dy, s, _thin(lora_b, dy.dtype), scaling, _dense(gain, wide), z, _dense(mask, wide), x,
+            None if dx is None or lora_a is None else _thin(lora_a, dy.dtype), *_drawn(dropout), _dense(delta, wide),
+            of_dropped, dx, *needs,
+        )  # fmt: skip
+        gradients = AdapterGradients(*(sum_ if need else None for sum_, need in zip(sums, needs, strict=True)))
+        return gradients, None if x is None else da.to(lora_dtype), dx
 
     def lora_a_backward(
         self,
@@ -186,8 +261,20 @@ class CompiledKernels:
         lora_a: torch.Tensor,
         dropout: Dropout,
     ) -> torch.Tensor:
+        dx, of_dropped = self._input_products(dys, weights, gains, dropout)
+        _operators().input_epilogue.default(ds, _thin(lora_a, dx.dtype), of_dropped, *_drawn(dropout), True, dx)
+        return dx
+
+    def _input_products(
+        self,
+        dys: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        gains: Sequence[torch.Tensor | None],
+        dropout: Dropout,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The products with W0 that dX adds up, and those of them that the dropout mask applies to."""
         dx: torch.Tensor | None = None
-        of_dropped: torch.Tensor | None = None  # what the dropout mask applies to, beside dS A
+        of_dropped: torch.Tensor | None = None
         with _without_autocast(dys[0]):
             for dy, weight, gain in zip(dys, weights, gains, strict=True):
                 flat = _flat(dy)
@@ -196,8 +283,7 @@ class CompiledKernels:
                     gain = None
                 dx = _add_product(dx, flat, weight, gain)
         assert dx is not None
-        _operators().input_epilogue.default(ds, _thin(lora_a, dx.dtype), of_dropped, *_drawn(dropout), True, dx)
-        return dx
+        return dx, of_dropped
 
 
 def _add_product(
@@ -240,5 +326,5 @@ def _without_autocast(like: torch.Tensor) -> Any:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-CPP = CompiledKernels("cpp", "cpu", rounds_s=False)
-CUDA = CompiledKernels("cuda", "cuda", rounds_s=True)
+CPP = CompiledKernels("cpp", "cpu", rounds_s=False, fused=True)
+CUDA = CompiledKernels("cuda", "cuda", rounds_s=True, fused=False)

@@ -17,7 +17,7 @@ from .checks import check_group
 from .dropout import Dropout
 from .echo import Echo
 from .kernels import load
-from .passes import ForwardResult, Maybe, adapter_pass, inner_sums, kinds_of
+from .passes import ForwardResult, Maybe, from_sums, inner_sums, kinds_of
 from .projection import Projection
 from .rows import accumulator_dtype, as_rows
 
@@ -111,14 +111,25 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
         ):
             stop = start + len(p.lora_a)
             mask, site = (None, "output") if p.echo is None else (p.echo.mask, p.echo.site)
-            out = ForwardResult(dy, s[:, start:stop], z, norm, gain)
-            need_ds = need_x or need_a or (need[5] and site != "output")
-            kinds = kinds_of(_flatten(p))[1:6]
-            d, dbias, db, dmagnitude, ddelta = adapter_pass(
-                kernels, as_rows(dy), p.lora_a, p.lora_b, mask, out, site, p.scaling, kinds, need[1:6], need_ds
+            inner_delta = need[5] and site != "output"
+            sums = kernels.adapter_backward(
+                as_rows(dy),
+                s[:, start:stop],
+                p.lora_b,
+                p.scaling,
+                gain=gain,
+                z=z,
+                mask=mask if site == "output" else None,
+                need_ds=need_x or need_a or inner_delta,
+                need_lora_b=need[3],
+                need_bias=need[1],
+                need_gain=need[4],
+                need_delta=need[5] and not inner_delta,
             )
+            kinds = kinds_of(_flatten(p))[1:6]
+            dbias, db, dmagnitude, ddelta = from_sums(sums, p.lora_a, mask, norm, site, kinds, inner_delta)
             start = stop
-            ds.append(d)
+            ds.append(sums.ds)
             gradients.append([None, dbias, None, db, dmagnitude, ddelta, None])
         stacked_ds: Maybe = torch.cat(ds, 1) if need_x or need_a else None
         if need_a:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from .dropout import Dropout
+from .echo import Echo
 from .projection import Projection
 
 
@@ -32,6 +33,8 @@ class Kernels(Protocol):
 
     # the largest rank that they serve, None for any
     max_rank: int | None
+    # whether one layer's pass is one call, linear_forward or linear_backward; else it is put together from the others
+    fused: bool
 
     def want_runnable(self, x: torch.Tensor) -> None:
         """Raise BackendUnavailable where no kernel can compute with `x`."""
@@ -107,6 +110,55 @@ class Kernels(Protocol):
 
         Returns:
             y, and z [M, N] or None: contiguous, in x's dtype.
+        """
+
+    def linear_forward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        scaling: float,
+        *,
+        bias: torch.Tensor | None,
+        gain: torch.Tensor | None,
+        echo: Echo | None,
+        dropout: Dropout,
+        store_z: bool,
+        shape: tuple[int, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`shrink` and `linear_product`: S, y and z. Only where `fused`."""
+
+    def linear_backward(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        s: torch.Tensor | None,
+        lora_a: torch.Tensor | None,
+        lora_b: torch.Tensor,
+        scaling: float,
+        *,
+        gain: torch.Tensor | None,
+        z: torch.Tensor | None,
+        delta: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        dropout: Dropout,
+        lora_dtype: torch.dtype,
+        need_ds: bool,
+        need_lora_b: bool,
+        need_bias: bool,
+        need_gain: bool,
+        need_delta: bool,
+    ) -> tuple[AdapterGradients, torch.Tensor | None, torch.Tensor | None]:
+        """`adapter_backward`, `lora_a_backward` where x is given, `input_product` where weight is. Only where `fused`.
+
+        Args:
+            delta: the echo at the adapter's input, where x is given. mask: for it, or for need_delta.
+            lora_dtype: of dA.
+
+        Returns:
+            The sums, dA [r, K] and dX [M, K].
         """
 
     def adapter_backward(

@@ -10,7 +10,7 @@ import torch
 
 from .dropout import Dropout
 from .echo import Echo
-from .kernels import Kernels
+from .kernels import AdapterGradients, Kernels
 from .rows import accumulator_dtype, as_rows
 
 # a tensor, or None where the operator goes without it or no needed gradient reads it
@@ -55,6 +55,22 @@ def forward_pass(
     norm = gain = None
     if magnitude is not None:
         norm, gain = kernels.dora_norm(weight, lora_a, lora_b, scaling, magnitude)
+    shape = (*x.shape[:-1], weight.shape[0])
+    if kernels.fused:
+        s, y, z = kernels.linear_forward(
+            rows,
+            weight,
+            lora_a,
+            lora_b,
+            scaling,
+            bias=bias,
+            gain=gain,
+            echo=echo,
+            dropout=dropout,
+            store_z=store_z,
+            shape=shape,
+        )
+        return ForwardResult(y, s, z, norm, gain)
     inner = echo if echo is not None and echo.site != "output" else None
     outer = echo if echo is not None and echo.site == "output" else None
     s = kernels.shrink(
@@ -77,7 +93,7 @@ def forward_pass(
         mask=None if outer is None else outer.mask,
         dropout=dropout,
         store_z=store_z,
-        shape=(*x.shape[:-1], weight.shape[0]),
+        shape=shape,
     )
     return ForwardResult(y, s, z, norm, gain)
 
@@ -114,80 +130,89 @@ def backward_pass(
             dy.new_zeros(kind[0], dtype=kind[1]) if kind and need else None
             for kind, need in zip(kinds, needs, strict=True)
         ]
-    need_x, need_weight, _, need_a, _, _, need_delta = needs
-    need_ds = need_x or need_a or (need_delta and site != "output")
+    need_x, need_weight, need_bias, need_a, need_b, need_magnitude, need_delta = needs
+    inner_delta = need_delta and site != "output"
     dy_rows = as_rows(dy)
-    dx = dweight = da = None
-
-    ds, dbias, db, dmagnitude, ddelta = adapter_pass(
-        kernels, dy_rows, lora_a, lora_b, mask, out, site, scaling, kinds[2:], needs[2:], need_ds
-    )
-    if need_a:
-        echo_mask = mask if site == "adapter_input" else None
-        rows = as_rows(x)
-        da = kernels.lora_a_backward(rows, ds, dropout=dropout, delta=delta, mask=echo_mask, dtype=kinds[3][1])
-    if need_x:
-        dx = kernels.input_product(dy_rows, weight, ds, lora_a, dropout=dropout, gain=out.gain).view(kinds[0][0])
+    rows = as_rows(x) if need_a or need_weight else None
+    dx = da = dweight = None
+    of_output = mask if site == "output" else None
+    which = {
+        "need_lora_b": need_b,
+        "need_bias": need_bias,
+        "need_gain": need_magnitude,
+        "need_delta": need_delta and not inner_delta,
+    }
+    if kernels.fused:
+        sums, da, dx = kernels.linear_backward(
+            dy_rows,
+            rows if need_a else None,
+            weight if need_x else None,
+            out.s,
+            lora_a,
+            lora_b,
+            scaling,
+            gain=out.gain,
+            z=out.z,
+            delta=delta,
+            mask=mask,
+            dropout=dropout,
+            need_ds=inner_delta,
+            lora_dtype=kinds[3][1],
+            **which,
+        )
+    else:
+        need_ds = need_x or need_a or inner_delta
+        sums = kernels.adapter_backward(
+            dy_rows, out.s, lora_b, scaling, gain=out.gain, z=out.z, mask=of_output, need_ds=need_ds, **which
+        )
+        if need_a:
+            echo_mask = mask if site == "adapter_input" else None
+            da = kernels.lora_a_backward(
+                rows, sums.ds, dropout=dropout, delta=delta, mask=echo_mask, dtype=kinds[3][1]
+            )  # fmt: skip
+        if need_x:
+            dx = kernels.input_product(dy_rows, weight, sums.ds, lora_a, dropout=dropout, gain=out.gain)
+    dbias, db, dmagnitude, ddelta = from_sums(sums, lora_a, mask, out.norm, site, kinds[2:], inner_delta)
     if need_weight:
-        dweight = _weight_gradient(dy_rows, as_rows(x), out.gain).to(kinds[1][1])
-    return [dx, dweight, dbias, da, db, dmagnitude, ddelta]
+        dweight = _weight_gradient(dy_rows, rows, out.gain).to(kinds[1][1])
+    return [None if dx is None else dx.view(kinds[0][0]), dweight, dbias, da, db, dmagnitude, ddelta]
 
 
-def adapter_pass(
-    kernels: Kernels,
-    dy: torch.Tensor,
+def from_sums(
+    sums: AdapterGradients,
     lora_a: Maybe,
-    lora_b: torch.Tensor,
     mask: Maybe,
-    out: ForwardResult,
+    norm: Maybe,
     site: str,
-    scaling: float,
     kinds: Sequence[Kind],
-    needs: Sequence[bool],
-    need_ds: bool,
-) -> tuple[Maybe, Maybe, Maybe, Maybe, Maybe]:
-    """B1, and the gradients that follow from its sums alone.
+    inner_delta: bool,
+) -> tuple[Maybe, Maybe, Maybe, Maybe]:
+    """The gradients that follow from one pass over dY alone.
 
     Args:
-        dy: [n, T, d_out].
-        lora_a, mask: as in `backward_pass`.
-        out: s, z, norm and gain of this projection.
-        kinds, needs: of bias, lora_a, lora_b, magnitude and delta; lora_a's are not read.
-        need_ds: whether anything needs dS, [n * T, r].
+        sums: that pass's.
+        lora_a, mask, site: as in `backward_pass`. norm: DoRA's, [d_out].
+        kinds: of bias, lora_a, lora_b, magnitude and delta; lora_a's is not read.
+        inner_delta: whether the gradient of an echo inside the adapter is needed.
 
     Returns:
-        dS as the kernels sum it, and the gradients of bias, lora_b, magnitude and delta; None where not needed.
+        The gradients of bias, lora_b, magnitude and delta; None where the sums have none.
     """
-    need_bias, _, need_b, need_magnitude, need_delta = needs
     bias_dtype, _, b_dtype, magnitude_dtype, delta_dtype = (kind and kind[1] for kind in kinds)
-    sums = kernels.adapter_backward(
-        dy,
-        out.s,
-        lora_b,
-        scaling,
-        gain=out.gain,
-        z=out.z,
-        mask=mask if site == "output" else None,
-        need_ds=need_ds,
-        need_lora_b=need_b,
-        need_bias=need_bias,
-        need_gain=need_magnitude,
-        need_delta=need_delta and site == "output",
-    )
     dbias = db = dmagnitude = None
     if sums.bias is not None:
         dbias = sums.bias.to(bias_dtype)
     if sums.lora_b is not None:
         db = sums.lora_b.to(b_dtype)
     if sums.gain is not None:
-        dmagnitude = (sums.gain / out.norm.clamp_min(torch.finfo(out.norm.dtype).tiny)).to(magnitude_dtype)
+        dmagnitude = (sums.gain / norm.clamp_min(torch.finfo(norm.dtype).tiny)).to(magnitude_dtype)
     ddelta = sums.delta
-    if need_delta and site != "output":
+    if inner_delta:
         ddelta = inner_sums(sums.ds, mask)
         if site == "adapter_input":
-            with torch.autocast(dy.device.type, enabled=False):
+            with torch.autocast(ddelta.device.type, enabled=False):
                 ddelta = ddelta @ lora_a.to(ddelta.dtype)
-    return sums.ds, dbias, db, dmagnitude, None if ddelta is None else ddelta.to(delta_dtype)
+    return dbias, db, dmagnitude, None if ddelta is None else ddelta.to(delta_dtype)
 
 
 def inner_sums(ds: Maybe, mask: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from .triton_products import group_input_product, input_product, linear_product
 __all__ = [
     "adapter_backward",
     "dora_norm",
+    "fused",
     "group_input_product",
     "input_product",
     "linear_product",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 max_rank: int | None = MAX_RANK
+fused = False
 
 
 def s_dtype(x_dtype: torch.dtype, lora_dtype: torch.dtype) -> torch.dtype:
