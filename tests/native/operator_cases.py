@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import torch
 
+from echolora_kernels import native
+
 N, T, D_IN, D_OUT, R = 2, 5, 7, 6, 3
 DROP_BELOW, KEEP_SCALE = 2**22, 4 / 3
 
 NEEDS = ("need_ds", "need_db", "need_dbias", "need_dgain", "need_ddelta")
-# those whose delta lies along d_out
-AT_THE_OUTPUT = ("linear_epilogue",)
-
-# arguments in the order of the operator's schema
-OPERATORS = {
-    "shrink": "x a scaling seed drop_below keep_scale gain site delta mask",
-    "linear_epilogue": "s b z base gain bias delta mask y store_z",
-    "adapter_backward": "dy s b scaling gain z mask " + " ".join(NEEDS),
-    "lora_a_backward": "x ds seed drop_below keep_scale delta mask",
-    "input_epilogue": "ds a product seed drop_below keep_scale accumulate dx",
-    "linear_forward": "x a b scaling seed drop_below keep_scale site delta mask z base gain bias y store_z",
-    "linear_backward": "dy s b scaling gain z mask x a seed drop_below keep_scale delta product dx " + " ".join(NEEDS),
-    "dora_norm": "weight a b scaling magnitude",
-    "drop": "x seed drop_below keep_scale",
-}
+AT_THE_OUTPUT = ("linear_epilogue",)  # those whose delta lies along d_out
+OPERATORS = (
+    "shrink", "linear_epilogue", "linear_forward", "adapter_backward", "lora_a_backward", "input_epilogue",
+    "linear_backward", "dora_norm", "drop",
+)  # fmt: skip
 
 
-def overload(name: str):
-    """The operator, or None where the library has none of that name."""
-    packet = getattr(torch.ops.echolora, name, None)
-    return None if packet is None else packet.default
+def schema(operator: str) -> list:
+    """The operator's arguments, each with a name, a type and whether it is written."""
+    assert not native.why_unavailable()
+    return getattr(torch.ops.echolora, operator).default._schema.arguments
 
 
 def make(operator: str, dtype: torch.dtype = torch.float32, n=N, t=T, d_in=D_IN, d_out=D_OUT) -> dict:
@@ -44,20 +36,19 @@ def make(operator: str, dtype: torch.dtype = torch.float32, n=N, t=T, d_in=D_IN,
         "delta": broad(n, d_out if operator in AT_THE_OUTPUT else d_in),
         "weight": draw(d_out, d_in), "magnitude": broad(d_out),
         "scaling": 0.7, "site": 1, "seed": torch.tensor([5]), "drop_below": DROP_BELOW, "keep_scale": KEEP_SCALE,
-        "store_z": True, "accumulate": True, **dict.fromkeys(NEEDS, True),
+        "store_z": True, "accumulate": True, "add_low_rank": True, **dict.fromkeys(NEEDS, True),
     }  # fmt: skip
-    return {name: values[name] for name in OPERATORS[operator].split()}
+    return {argument.name: values[argument.name] for argument in schema(operator)}
 
 
 def written(operator: str) -> list[str]:
     """The arguments that the operator may write, by its schema."""
-    arguments = overload(operator)._schema.arguments
-    return [argument.name for argument in arguments if argument.alias_info is not None and argument.alias_info.is_write]
+    return [argument.name for argument in schema(operator) if argument.alias_info and argument.alias_info.is_write]
 
 
 def call(operator: str, arguments: dict) -> dict[str, torch.Tensor]:
     """Results by number, and what the operator has written, by name."""
-    out = overload(operator)(*arguments.values())
+    out = getattr(torch.ops.echolora, operator).default(*arguments.values())
     out = () if out is None else out if isinstance(out, tuple | list) else (out,)
     found = {str(index): tensor for index, tensor in enumerate(out)}
     return found | {name: arguments[name] for name in written(operator) if arguments[name] is not None}

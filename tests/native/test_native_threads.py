@@ -7,6 +7,8 @@ import torch
 from group_cases import cases, together
 from linear_cases import SITES, make
 from native_cases import python
+from operator_cases import OPERATORS, call
+from operator_cases import make as make_arguments
 from torch.utils._python_dispatch import TorchDispatchMode
 
 THREADS = (1, 2, 4)
@@ -77,37 +79,17 @@ def test_a_group(dtype, sites, p):
     assert_any_number_of_threads_agrees(lambda: together(group, "cpp"))
 
 
+@pytest.mark.parametrize("t", [1, 33, T])
+@pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_each_operator(library, dtype):
-    """Alone, and with rows of a size that leaves threads without work."""
-    for t in (1, 33, T):
-        case = make("cpp", 2, t, D_IN, D_OUT, R, site="adapter_input", dora=True, dtype=dtype)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        gain, delta, mask = case.magnitude.to(wide), case.delta.to(wide), case.mask.to(wide)
-        drop = (torch.tensor([3]), 2**22, 4 / 3)
-        z = torch.randn(2 * t, D_OUT, dtype=torch.float64).to(dtype)
+def test_an_operator(dtype, operator, t):
+    """Alone, and with so few rows that threads are left without work."""
 
-        def compute(case=case, gain=gain, delta=delta, mask=mask, drop=drop, z=z):
-            x, a, b, dy = case.x, case.lora_a, case.lora_b, case.dy
-            s = library.shrink(x, a, 0.7, *drop, None, 1, delta, mask)
-            y, dx = torch.zeros_like(dy), torch.zeros_like(x).flatten(0, 1)
-            library.linear_epilogue(s, b, z.clone(), None, gain, None, None, None, y, False)
-            sums = library.adapter_backward(dy, s, b, 0.7, gain, z, mask, True, True, True, True, True)
-            da = library.lora_a_backward(x, sums[0], *drop, delta, mask)
-            library.input_epilogue(sums[0], a, None, *drop, True, dx)
-            norm = library.dora_norm(case.weight, a, b, 0.7, gain)
-            names = ("ds", "db", "dbias", "dgain", "ddelta", "norm", "gain")
-            dropped = library.drop(x, *drop)
-            return {
-                "s": s,
-                "y": y,
-                "da": da,
-                "dx": dx,
-                "drop": dropped,
-                **dict(zip(names, (*sums, *norm), strict=True)),
-            }
+    def compute():
+        torch.manual_seed(0)
+        return call(operator, make_arguments(operator, dtype, n=2, t=t, d_in=D_IN, d_out=D_OUT))
 
-        assert_any_number_of_threads_agrees(compute)
+    assert_any_number_of_threads_agrees(compute)
 
 
 def test_the_work_is_given_to_several_threads():
