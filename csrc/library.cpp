@@ -30,11 +30,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(echolora, m) {
       "linear_epilogue(Tensor s, Tensor b, Tensor(a!)? z, Tensor? base, Tensor? gain, Tensor? bias, Tensor? delta, "
       "Tensor? mask, Tensor(b!) y, bool store_z) -> ()");
   // One pass over dy [n, T, N]: dS = scaling dy (gain b) [M, r], in b's dtype or the accumulator's; and in the
-  // accumulator's db = gain dy^T s [N, r]; dbias = sums of dy [N]; dgain = sums of dy z [N]; ddelta = sums of mask dy
-  // over each sample [n, N]; added in an order that depends on shapes alone; empty where not needed.
+  // accumulator's db = gain dy^T s [N, r]; dbias = sums of dy [N]; dgain = sums of dy z [N], of dy (z + s b^T) with
+  // add_low_rank (CPU alone); ddelta = sums of mask dy over each sample [n, N]; added in an order that depends on shapes alone; empty where not needed.
   m.def(
       "adapter_backward(Tensor dy, Tensor? s, Tensor b, float scaling, Tensor? gain, Tensor? z, Tensor? mask, "
-      "bool need_ds, bool need_db, bool need_dbias, bool need_dgain, bool need_ddelta) "
+      "bool need_ds, bool need_db, bool need_dbias, bool need_dgain, bool need_ddelta, bool add_low_rank) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // dA = dS^T (drop(x) + mask delta): [r, K] in the accumulator's dtype; ds [M, r] as adapter_backward left it.
   m.def(
@@ -49,7 +49,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(echolora, m) {
       "linear_forward(Tensor x, Tensor a, Tensor b, float scaling, Tensor? seed, int drop_below, float keep_scale, "
       "int site, Tensor? delta, Tensor? mask, Tensor(a!)? z, Tensor? base, Tensor? gain, Tensor? bias, Tensor(b!) y, "
       "bool store_z) -> Tensor");
-  // adapter_backward, and lora_a_backward where x is given, and input_epilogue with accumulate where dx is, in one pass
+  // adapter_backward with add_low_rank, and lora_a_backward where x is given, and input_epilogue with accumulate where dx is, in one pass
   // over the rows (CPU alone). delta: the echo at the adapter's input; it and need_ddelta share the mask. Last is dA.
   m.def(
       "linear_backward(Tensor dy, Tensor? s, Tensor b, float scaling, Tensor? gain, Tensor? z, Tensor? mask, Tensor? x, "

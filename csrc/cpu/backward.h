@@ -26,10 +26,10 @@ struct Partials {
   Partials(const AdapterBackward& p, void* work)
       : padded(P::padded_rank(p.rank)), width(round_up(p.dy.width, BLOCK_COLS)), b(static_cast<A*>(work)) {
     sums = b + P::packed_size(width, p.rank);
-    per_chunk = width * ((p.db ? padded : 0) + (p.dbias ? 1 : 0) + (p.dgain ? 1 : 0) + (p.ddelta ? 2 : 0));
+    per_chunk = width * ((p.sums_b() ? padded : 0) + (p.dbias ? 1 : 0) + (p.dgain ? 1 : 0) + (p.ddelta ? 2 : 0));
   }
   A* db(const AdapterBackward&, int64_t chunk) const { return sums + chunk * per_chunk; }
-  A* dbias(const AdapterBackward& p, int64_t chunk) const { return db(p, chunk) + (p.db ? width * padded : 0); }
+  A* dbias(const AdapterBackward& p, int64_t chunk) const { return db(p, chunk) + (p.sums_b() ? width * padded : 0); }
   A* dgain(const AdapterBackward& p, int64_t chunk) const { return dbias(p, chunk) + (p.dbias ? width : 0); }
   A* ddelta(const AdapterBackward& p, int64_t chunk) const { return dgain(p, chunk) + (p.dgain ? width : 0); }
 };
@@ -97,10 +97,15 @@ inline void finish_adapter(const AdapterBackward& p, const Partials<P>& partials
   const A* gain = static_cast<const A*>(p.gain);
   const int64_t width = p.dy.width, total = p.dy.total(), per_sample = p.dy.per_sample, padded = partials.padded;
   const int64_t first = task * BLOCK_COLS, last = at_most(first + BLOCK_COLS, width);
-  if (p.db) {
+  A low_rank[BLOCK_COLS] = {};  // sum over rows of dy times s B^T
+  if (p.sums_b()) {
     A* sums = partials.db(p, 0);
     add_chunks(sums, chunks.count, partials.per_chunk, first * padded, BLOCK_COLS * padded);
-    for (int64_t n = first; n < last; n++)
+    if (p.dgain && p.add_low_rank)
+      each_element<A>(p.b, first, last - first, p.rank, [&](int64_t n, int64_t r, A b) {
+        low_rank[n] += b * sums[P::sum_at(first + n, r, padded)];
+      });
+    for (int64_t n = first; n < last && p.db; n++)
       for (int64_t r = 0; r < p.rank; r++) {
         const A sum = sums[P::sum_at(n, r, padded)];
         static_cast<A*>(p.db)[n * p.rank + r] = gain ? gain[n] * sum : sum;
@@ -113,7 +118,7 @@ inline void finish_adapter(const AdapterBackward& p, const Partials<P>& partials
       if (p.dgain) of_gain += partials.dgain(p, c)[n];
     }
     if (p.dbias) static_cast<A*>(p.dbias)[n] = bias;
-    if (p.dgain) static_cast<A*>(p.dgain)[n] = of_gain;
+    if (p.dgain) static_cast<A*>(p.dgain)[n] = of_gain + low_rank[n - first];
   }
   if (p.ddelta)
     for (int64_t c = 0; c < chunks.count; c++) {
@@ -138,13 +143,13 @@ inline void adapter_rows(const AdapterBackward& p, const Partials<P>& partials, 
   Ahead<typename P::Element> ahead;
   alignas(64) Packed block[BLOCK_ROWS * BLOCK_COLS], s[BLOCK_ROWS * MAX_RANK];
   alignas(64) A ds[BLOCK_ROWS * MAX_RANK];
-  if (p.db) P::pack_rows(p.s, first, here, p.rank, padded, s);
+  if (p.sums_b()) P::pack_rows(p.s, first, here, p.rank, padded, s);
   if (p.ds) std::memset(ds, 0, sizeof(A) * BLOCK_ROWS * padded);
   for (int64_t col = 0; col < width; col += BLOCK_COLS) {
     const int64_t cols = at_most(BLOCK_COLS, width - col);
     P::read(p.dy, {}, first, here, col, cols, block, &ahead);
     if (p.ds) P::gather_rows(block, here, cols, b + col * padded, padded, ds, &ahead);
-    if (p.db) P::gather_cols(block, here, cols, s, padded, partials.db(p, chunk) + col * padded, &ahead);
+    if (p.sums_b()) P::gather_cols(block, here, cols, s, padded, partials.db(p, chunk) + col * padded, &ahead);
     if (p.dbias || p.dgain || p.ddelta)
       add_column_sums<P>(p, block, partials, chunk, from, to, first, here, col, cols);
   }

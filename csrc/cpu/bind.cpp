@@ -159,7 +159,7 @@ struct AdapterResults {
 
 AdapterBackward adapter_of(const Tensor& dy, const Optional& s, const Tensor& b, double scaling, const Optional& gain,
                            const Optional& z, const Optional& mask, const std::array<bool, 5>& needs,
-                           AdapterResults* results) {
+                           bool add_low_rank, AdapterResults* results) {
   const auto [need_ds, need_db, need_dbias, need_dgain, need_ddelta] = needs;
   const ScalarType element = dy.scalar_type(), wide = accumulator_of(element);
   AdapterBackward p{};
@@ -169,11 +169,12 @@ AdapterBackward adapter_of(const Tensor& dy, const Optional& s, const Tensor& b,
   want_rank(b, "b", p.rank);
   const int64_t rows = p.dy.total(), width = p.dy.width;
   p.b = thin_of(b, "b", element, width, p.rank, dy);
-  want(s || !need_db, "s", "None", "a tensor where need_db is set");
+  want(s || !(need_db || (need_dgain && add_low_rank)), "s", "None", "a tensor where need_db or add_low_rank is set");
   want(z || !need_dgain, "z", "None", "a tensor where need_dgain is set");
   want(mask || !need_ddelta, "mask", "None", "a tensor where need_ddelta is set");
   if (s) p.s = thin_of(*s, "s", element, rows, p.rank, dy);
   p.scaling = scaling;
+  p.add_low_rank = add_low_rank;
   p.gain = data_of(gain, "gain", wide, width, dy);
   p.z = data_of(z, "z", element, rows * width, dy);
   p.mask = data_of(mask, "mask", wide, rows, dy);
@@ -192,10 +193,11 @@ AdapterBackward adapter_of(const Tensor& dy, const Optional& s, const Tensor& b,
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
     const Tensor& dy, const Optional& s, const Tensor& b, double scaling, const Optional& gain, const Optional& z,
-    const Optional& mask, bool need_ds, bool need_db, bool need_dbias, bool need_dgain, bool need_ddelta) {
+    const Optional& mask, bool need_ds, bool need_db, bool need_dbias, bool need_dgain, bool need_ddelta,
+    bool add_low_rank) {
   AdapterResults results;
   AdapterBackward p = adapter_of(dy, s, b, scaling, gain, z, mask,
-                                 {need_ds, need_db, need_dbias, need_dgain, need_ddelta}, &results);
+                                 {need_ds, need_db, need_dbias, need_dgain, need_ddelta}, add_low_rank, &results);
   if (dy.numel() > 0 && (need_ds || need_db || need_dbias || need_dgain || need_ddelta)) {
     const Tensor work = work_for(kernels().adapter_backward_work(p), dy);
     p.work = work.data_ptr();
@@ -276,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   p.need_x = dx.has_value();
   want(a || !dx, "a", "None", "a tensor where dx is given");
   p.adapter = adapter_of(dy, s, b, scaling, gain, z, mask,
-                         {need_ds || p.need_a || p.need_x, need_db, need_dbias, need_dgain, need_ddelta}, &results);
+                         {need_ds || p.need_a || p.need_x, need_db, need_dbias, need_dgain, need_ddelta}, true, &results);
   Tensor da = empty(dy, {0}, accumulator_of(dy.scalar_type()));
   if (x) p.lora_a = lora_a_of(*x, results.ds, dropout, delta, mask, &da);
   if (dx) p.input = input_of(results.ds, *a, product, dropout, true, *dx);

@@ -71,7 +71,9 @@ struct AdapterBackward {
   void* ds;          // [total, rank], of ds_type
   Type ds_type;
   void *db, *dbias, *dgain, *ddelta;  // [width, rank], [width], [width], [samples, width]
+  bool add_low_rank;                  // to z, what s B^T adds
   void* work;
+  bool sums_b() const { return db || (dgain && add_low_rank); }
 };
 
 struct LoraABackward {

@@ -20,6 +20,9 @@
 // Weak: a CPU build of torch has no such function, and no CUDA tensor that would need it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
+// What setup.py built the kernels for, for echolora::cuda_architectures.
+extern "C" const char* echolora_cuda_architectures() { return ECHOLORA_CUDA_ARCHS; }
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -233,7 +236,8 @@ void linear_epilogue(Tensor s, Tensor b, Maybe z, Maybe base, Maybe gain, Maybe 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(Tensor dy, Maybe s, Tensor b, double scaling,
                                                                     Maybe gain, Maybe z, Maybe mask, bool need_ds,
                                                                     bool need_db, bool need_dbias, bool need_dgain,
-                                                                    bool need_ddelta) {
+                                                                    bool need_ddelta, bool add_low_rank) {
+  STD_TORCH_CHECK(!add_low_rank, "add_low_rank: got True, wants False for CUDA tensors");
   const ScalarType type = dy.scalar_type(), acc = accumulator(type);
   echolora_adapter_backward_args args = {};
   args.dy = rows(dy, "dy");

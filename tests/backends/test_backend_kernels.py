@@ -76,6 +76,16 @@ def test_the_dtype_of_s(backend, kernels, draw, x_dtype, lora_dtype):
     assert s.dtype == kernels.s_dtype(x_dtype, lora_dtype) and s.shape == (N * T, R) and s.stride(1) == 1
 
 
+NEEDS = ("need_ds", "need_lora_b", "need_bias", "need_gain", "need_delta")
+
+
+def product_of(kernels, draw, s, b):
+    """x W0^T + S B^T, and what the backend keeps of it for the backward pass."""
+    x, w, nothing = draw(N, T, D_IN), draw(D_OUT, D_IN), dict.fromkeys(("bias", "gain", "delta", "mask"))
+    shape = (N * T, D_OUT)
+    return kernels.linear_product(x, w, s, b, dropout=Dropout(), store_z=True, shape=shape, **nothing)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_linear_product(backend, kernels, draw, mask, dropout, dora):
     x, w, wide_s, b = draw(N, T, D_IN), draw(D_OUT, D_IN), draw(N * T, R + 3), draw(D_OUT, R)
@@ -84,10 +94,13 @@ def test_linear_product(backend, kernels, draw, mask, dropout, dora):
     got, z = kernels.linear_product(
         x, w, s, b, bias=bias, gain=gain, delta=delta, mask=mask, dropout=dropout, store_z=True, shape=(N, T, D_OUT)
     )
+    dy = draw(N, T, D_OUT)
+    needs = {**dict.fromkeys(NEEDS, False), "need_gain": True}
+    sums = kernels.adapter_backward(dy, s, b, S, gain=gain, z=z, mask=None, **needs)
     twice = dora and dropout.dora == "exact" and dropout.p > 0
     kept = x * keep(backend, dropout) if twice else x
     inner = kept @ w.T + (s @ b.T).view(N, T, D_OUT)
-    close(z.view(N, T, D_OUT), inner)
+    close(sums.gain, (dy * inner).sum((0, 1)))
     want = (x - kept) @ w.T + inner * (gain if dora else 1) + bias + mask[..., None] * delta[:, None]
     assert got.shape == (N, T, D_OUT) and got._base is None
     close(got, want)
@@ -101,14 +114,12 @@ def test_linear_product_alone(kernels, draw):
     close(got, (x @ w.T).view(N * T, D_OUT) + s @ b.T)
 
 
-NEEDS = ("need_ds", "need_lora_b", "need_bias", "need_gain", "need_delta")
-
-
 @pytest.mark.parametrize("rank", [R, 100])
 @pytest.mark.parametrize("dora", [False, True])
 def test_adapter_backward(kernels, draw, mask, dora, rank):
-    dy, s, b, z = draw(N, T, D_OUT), draw(N * T, rank), draw(D_OUT, rank), draw(N * T, D_OUT)
+    dy, s, b = draw(N, T, D_OUT), draw(N * T, rank), draw(D_OUT, rank)
     gain = draw(D_OUT) if dora else None
+    whole, z = product_of(kernels, draw, s, b)
     got = kernels.adapter_backward(dy, s, b, S, gain=gain, z=z, mask=mask, **dict.fromkeys(NEEDS, True))
     flat = dy.view(N * T, D_OUT)
     scaled = flat * gain if dora else flat
@@ -116,7 +127,7 @@ def test_adapter_backward(kernels, draw, mask, dora, rank):
     assert got.ds.is_contiguous()
     close(got.lora_b, scaled.T @ s)
     close(got.bias, flat.sum(0))
-    close(got.gain, (flat * z).sum(0))
+    close(got.gain, (flat * whole).sum(0))
     close(got.delta, (mask[..., None] * dy).sum(1))
 
 
@@ -124,7 +135,7 @@ def test_adapter_backward(kernels, draw, mask, dora, rank):
 def test_adapter_backward_yields_only_what_is_needed(kernels, draw, mask, need):
     dy, s, b, z = draw(N, T, D_OUT), draw(N * T, R), draw(D_OUT, R), draw(N * T, D_OUT)
     needs = {name: name == need for name in NEEDS}
-    s, z = s if need == "need_lora_b" else None, z if need == "need_gain" else None
+    s, z = s if need in ("need_lora_b", "need_gain") else None, z if need == "need_gain" else None
     mask = mask if need == "need_delta" else None
     got = kernels.adapter_backward(dy, s, b, S, gain=None, z=z, mask=mask, **needs)
     assert {f"need_{name}": value is not None for name, value in vars(got).items()} == needs

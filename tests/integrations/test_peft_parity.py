@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from echolora_kernels import Echo, EchoLoRALinear
+from echolora_kernels.backends import availability
 from echolora_kernels.integrations.adapters import NativeAdapter, adapted_linears
 from echolora_kernels.integrations.peft import PeftAdapter
 
@@ -57,11 +58,24 @@ def results(layer, parameters, x, upstream, seed=3):
     return [y.detach(), *torch.autograd.grad(y, [x, *parameters], upstream.to(y.dtype))]
 
 
+# with dropout only the reference can agree with PEFT: it draws torch's own mask
+by_backend = pytest.mark.parametrize(
+    ("backend", "dropout"), [("reference", 0.0), ("reference", 0.4), ("cpp", 0.0)], indirect=["backend"]
+)
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    if reason := availability()[request.param].replace("available", ""):
+        pytest.skip(reason)
+    monkeypatch.setenv("ECHOLORA_BACKEND", request.param)
+
+
 @lora_or_dora
 @bias_or_not
 @rs_or_not
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_float64(dora, bias, rs, dropout):
+@by_backend
+def test_float64(dora, bias, rs, backend, dropout):
     ours, theirs = pair(12, 9, 4, bias, dora, rs, dropout)
     x, upstream = torch.randn(3, 7, 12).double(), torch.randn(3, 7, 9).double()
     assert ours.scaling == theirs.scaling["default"]
@@ -83,13 +97,13 @@ def test_float64_in_eval_mode(dora, bias):
 
 @lora_or_dora
 @bias_or_not
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@by_backend
 @pytest.mark.parametrize(
     ("dtype", "adapter_dtype"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
     ids=["float32", "bfloat16", "float32 adapter on bfloat16"],
 )
-def test_narrow_dtypes_are_as_near_to_float64_as_peft(dtype, adapter_dtype, dora, bias, dropout):
+def test_narrow_dtypes_are_as_near_to_float64_as_peft(dtype, adapter_dtype, dora, bias, backend, dropout):
     """Largest and rms error against the same numbers in float64: at most 1.5 times PEFT's."""
     ours, theirs = pair(320, 256, 16, bias, dora, dropout=dropout, dtype=dtype, adapter_dtype=adapter_dtype)
     x, upstream = torch.randn(8, 96, 320).to(dtype), torch.randn(8, 96, 256).to(dtype)

@@ -55,7 +55,7 @@ class EchoLoRALinearFunction(torch.autograd.Function):
             lora_b,
             delta if need_a and site == "adapter_input" else None,
             mask if need_delta or site == "adapter_input" else None,
-            out.s if need_b or need_ds else None,
+            out.s if need_b or need_ds or need_magnitude else None,
             out.z,
             out.norm,
             out.gain,

@@ -29,7 +29,8 @@ class CompiledKernels:
         name: the backend's, for messages.
         device_type: "cpu" or "cuda".
         rounds_s: whether S is in x's dtype whatever the adapters are in; else wider adapters keep it wider.
-        fused: whether the library has linear_forward and linear_backward for that device.
+        fused: whether the library has linear_forward and linear_backward for that device. With them z is the vendor's
+            product alone, rounded once, and the backward pass adds what S B^T contributes to the gain's gradient.
     """
 
     max_rank: int | None = 256
@@ -100,7 +101,7 @@ class CompiledKernels:
         y, rows, z, base = self._products(x, weight, gain, dropout, store_z, shape)
         _operators().linear_epilogue.default(
             s, _thin(lora_b, x.dtype), z, base, _dense(gain, wide), _dense(bias, wide), _dense(delta, wide),
-            _dense(mask, wide), rows, store_z,
+            _dense(mask, wide), rows, store_z and not self.fused,
         )  # fmt: skip
         return y, z if store_z else None
 
@@ -125,7 +126,7 @@ class CompiledKernels:
         site, delta, mask = (0, None, None) if echo is None else (_SITES[echo.site], echo.delta, echo.mask)
         s = _operators().linear_forward.default(
             x, _thin(lora_a, x.dtype), _thin(lora_b, x.dtype), scaling, *_drawn(dropout), site, _dense(delta, wide),
-            _dense(mask, wide), z, base, _dense(gain, wide), _dense(bias, wide), rows, store_z,
+            _dense(mask, wide), z, base, _dense(gain, wide), _dense(bias, wide), rows, False,
         )  # fmt: skip
         return s, y, z if store_z else None
 
@@ -171,7 +172,7 @@ class CompiledKernels:
         """B1; see `Kernels`."""
         wide, needs = accumulator_dtype(dy.dtype), (need_ds, need_lora_b, need_bias, need_gain, need_delta)
         sums = _operators().adapter_backward.default(
-            dy, s, _thin(lora_b, dy.dtype), scaling, _dense(gain, wide), z, _dense(mask, wide), *needs
+            dy, s, _thin(lora_b, dy.dtype), scaling, _dense(gain, wide), z, _dense(mask, wide), *needs, self.fused
         )
         return AdapterGradients(*(sum_ if need else None for sum_, need in zip(sums, needs, strict=True)))
 

@@ -105,11 +105,11 @@ class Kernels(Protocol):
             bias, gain: [N] or None; gain is contiguous.
             delta, mask: the echo at the output, [n, N] and [n, T], or None.
             dropout: as `shrink` got it; it only matters with a gain.
-            store_z: also return z, which the magnitude's gradient needs.
+            store_z: also return what `adapter_backward` wants to know of z for the magnitude's gradient.
             shape: of y, which is no view.
 
         Returns:
-            y, and z [M, N] or None: contiguous, in x's dtype.
+            y, and z [M, N], whole or without S B^T, or None: contiguous, in x's dtype.
         """
 
     def linear_forward(
@@ -183,8 +183,8 @@ class Kernels(Protocol):
 
         Args:
             dy: [n, T, N], also expanded; never written.
-            s, z, mask: what `shrink` and `linear_product` returned, for need_lora_b and need_gain, and [n, T], for
-                need_delta; each may be None without its need.
+            s, z, mask: what `shrink` returned, for need_lora_b and need_gain; what `linear_product` did, for need_gain;
+                and [n, T], for need_delta. Each may be None without its need.
             lora_b: [N, r]. scaling: s. gain: [N] or None.
             need_*: which sums.
 
