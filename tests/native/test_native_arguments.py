@@ -157,7 +157,7 @@ LACKS = [
     ("linear_epilogue", "mask", {}, "mask: got None, wants .* where delta is given"),
     ("linear_epilogue", "z", {"base": None}, "z: got None, wants a tensor where store_z or base is given"),
     ("linear_epilogue", "z", {"store_z": False}, "z: got None, wants a tensor where store_z or base is given"),
-    ("adapter_backward", "s", {}, "s: got None, wants a tensor where need_db is set"),
+    ("adapter_backward", "s", {}, "s: got None, wants a tensor where need_db .*is set"),
     ("adapter_backward", "z", {}, "z: got None, wants a tensor where need_dgain is set"),
     ("adapter_backward", "mask", {}, "mask: got None, wants a tensor where need_ddelta is set"),
     ("lora_a_backward", "seed", {}, "seed: got None, wants a tensor where drop_below is not 0"),
@@ -234,7 +234,7 @@ def layouts(tensor):
 @pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
 @pytest.mark.parametrize(("operator", "name"), [(o, n) for o, n in TENSORS if n in ANY_STRIDES])
 def test_any_strides(operator, name, dtype, uninitialized_is_nan):
-    """Bit for bit what contiguous arguments give."""
+    """What contiguous arguments give, but for the last bits of what is summed in the order that B lies in."""
     sizes = {"n": 3, "t": 37, "d_in": 150, "d_out": 141}
     for index in range(len(list(layouts(make(operator, **sizes)[name])))):
         torch.manual_seed(index)
@@ -243,8 +243,9 @@ def test_any_strides(operator, name, dtype, uninitialized_is_nan):
         others = make(operator, dtype, **sizes)
         others[name] = list(layouts(others[name]))[index]
         assert not others[name].is_contiguous() and torch.equal(others[name], arguments[name])
-        want, got = call(operator, arguments), call(operator, others)
-        assert all(torch.equal(got[key], value) for key, value in want.items())
+        got = call(operator, others)
+        for key, want in call(operator, arguments).items():
+            assert (got[key] - want).abs().max() <= 4 * torch.finfo(want.dtype).eps * want.abs().max(), key
 
 
 @pytest.mark.parametrize(("operator", "name"), [(o, n) for o, n in TENSORS if n in ("x", "dy")])

@@ -1,5 +1,6 @@
 """The CUDA half without a GPU: it compiles, keeps its registers, uses the matrix units, and loads where there is none."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -21,8 +22,29 @@ PRODUCTS = ("shrink_kernel", "expand_kernel", "contract_rows_kernel")
 HALF = {"6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 
 
+def build(tree, folder, nvcc):
+    """The library in `folder` of the tree, with the nvcc of another folder first on the PATH."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", folder],
+        cwd=tree, text=True, capture_output=True, timeout=1500,
+        env=environment(
+            ECHOLORA_CUDA_ARCHS=";".join(ARCHITECTURES), ECHOLORA_BUILD="require", CXX=None, ECHOLORA_SANITIZE=None,
+            PATH=f"{nvcc}{os.pathsep}{os.environ['PATH']}",
+        ),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return tree / folder / "echolora_kernels" / "_native.so"
+
+
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def toolkit():
+    """The folder of nvcc itself, where that on the PATH may be a script that starts it."""
+    said = subprocess.run(["nvcc", "--dryrun", "none.cu"], capture_output=True, text=True).stderr
+    return Path(re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE).group(1)).resolve() / "bin"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory, toolkit):
     """A library with both halves, built from a copy of the sources."""
     tree = tmp_path_factory.mktemp("cuda") / "tree"
     tree.mkdir()
@@ -30,14 +52,7 @@ def library(tmp_path_factory):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
-    done = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", "out"],
-        cwd=tree, text=True, capture_output=True, timeout=1500,
-        env=environment(ECHOLORA_CUDA_ARCHS=";".join(ARCHITECTURES), ECHOLORA_BUILD="require", CXX=None,
-                        ECHOLORA_SANITIZE=None),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return tree / "out" / "echolora_kernels" / "_native.so"
+    return build(tree, "out", toolkit)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -50,8 +65,11 @@ def kernels(request, library, tmp_path_factory):
     found = {}
     for cubin in folder.glob("*.cubin"):
         sass = subprocess.run([binaries / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True).stdout
-        for name, body in re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section|\Z)", sass, re.DOTALL):
-            found[name] = body
+        for section in re.split(r"^\s*\.section\s+", sass, flags=re.MULTILINE):
+            if section.startswith(".text."):
+                name, body = section.split(",", 1)
+                assert re.search(r"\bEXIT\b", body), f"{name} was cut short"
+                found[name] = body
     assert all(any(product in name for name in found) for product in PRODUCTS), found.keys()
     return found
 
@@ -64,7 +82,9 @@ def test_no_kernel_spills(kernels):
 @pytest.mark.parametrize("kind", HALF, ids=HALF.get)
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_half_precision_products_are_computed_by_the_matrix_units(kernels, product, kind):
-    chosen = {name: body for name, body in kernels.items() if product in name and kind in name}
+    # all but the norm of such a weight with float32 adapters, which is computed in float32
+    wide = f"{kind}fE"
+    chosen = {name: body for name, body in kernels.items() if product in name and kind in name and wide not in name}
     assert chosen
     without = [name for name, body in chosen.items() if not re.search(r"\bHMMA\b", body)]
     assert not without
@@ -81,6 +101,15 @@ print(backends.availability()["cuda"])
     built, said = python(code, ECHOLORA_LIBRARY=str(library), CUDA_VISIBLE_DEVICES="").splitlines()
     assert built.split() == [f"sm_{name}" for name in ARCHITECTURES]
     assert said == "there is no GPU"
+
+
+@pytest.mark.xfail(strict=True, reason="setup.py looks for the CUDA runtime beside the script")
+def test_an_nvcc_that_is_a_script_around_another_serves_too(library, toolkit, tmp_path):
+    """As package managers install it; only the linking differs, the objects are there."""
+    script = tmp_path / "nvcc"
+    script.write_text(f'#!/bin/sh\nexec {toolkit / "nvcc"} "$@"\n')
+    script.chmod(0o755)
+    assert build(library.parents[2], "again", tmp_path).is_file()
 
 
 def test_the_cpu_half_is_the_same(library):
