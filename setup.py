@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,14 +24,14 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 STABLE_ABI = "0x020b000000000000"  # of torch 2.11, the oldest that the package supports
 
-COMMON = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -Wall -Wextra".split()
-KERNELS = "-ffp-contract=fast -fno-math-errno".split()
-AVX2 = "-mavx2 -mfma -mf16c".split()
-AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split()]
-AMX = [*AVX512, *"-mavx512bf16 -mamx-tile -mamx-bf16".split()]
+COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
+KERNELS = ["-ffp-contract=fast", "-fno-math-errno"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]]
+AMX = [*AVX512, *["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]]
 # csrc/cpu/isa.cpp is built once for each
 INSTRUCTION_SETS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "amx": AMX}
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g".split()
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g"]
 
 
 class CannotBuild(Exception):
@@ -56,6 +57,13 @@ def cuda_architectures(torch) -> list[str]:
         return []
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return sorted(f"{major}{minor}" for major, minor in found if (major, minor) >= (8, 0))
+
+
+def cuda_toolkit() -> Path:
+    """The folder of the toolkit that nvcc belongs to; nvcc itself may be a script somewhere else."""
+    said = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    found = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+    return Path(found.group(1).strip() if found else Path(shutil.which("nvcc")).resolve().parent.parent)
 
 
 class Rules:
@@ -129,7 +137,7 @@ def build_library(target: Path, folder: Path) -> None:
         nvcc = ["nvcc", "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", compiler, *code]
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             objects.append(rules.compile(nvcc, source, f"cuda_{source.stem}"))
-        toolkit = Path(shutil.which("nvcc")).resolve().parent.parent
+        toolkit = cuda_toolkit()
         libraries = [f"-L{toolkit / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     target.parent.mkdir(parents=True, exist_ok=True)
     libraries += [f"-L{site / 'lib'}", "-ltorch_cpu", "-lc10"]  # in the process already when this one is loaded
@@ -142,13 +150,15 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         wanted = os.environ.get("ECHOLORA_BUILD", "")
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.unlink(missing_ok=True)  # an earlier build's must not pass for this one's
         try:
             if wanted == "none":
                 raise CannotBuild("ECHOLORA_BUILD=none says so")
             # a folder that stays, so that only what changed is compiled again
             objects = ROOT / "build" / ("csrc-sanitized" if os.environ.get("ECHOLORA_SANITIZE") == "1" else "csrc")
-            build_library(Path(self.get_ext_fullpath(ext.name)).resolve(), objects)
-        except (CannotBuild, subprocess.CalledProcessError) as error:
+            build_library(target, objects)
+        except (CannotBuild, OSError, subprocess.CalledProcessError) as error:
             reason = str(error)
             if isinstance(error, subprocess.CalledProcessError):
                 reason = f"a compiler failed, see its message above (exit status {error.returncode})"

@@ -89,4 +89,18 @@ inline void want_rows(const Tensor& tensor, const char* name) {
   want_element(tensor, name);
 }
 
+inline void want_same_dtype(const Tensor& tensor, const char* name, const Tensor& first) {
+  want(tensor.scalar_type() == first.scalar_type(), name, dtype_of(tensor), toString(first.scalar_type()));
+}
+
+// The samples, positions and dtype of another tensor of rows.
+inline void want_rows_like(const Tensor& tensor, const char* name, const Tensor& other, const char* other_name) {
+  want_rows(tensor, name);
+  want_rows(other, other_name);
+  want_same_device(tensor, name, other);
+  want_same_dtype(tensor, name, other);
+  want(tensor.size(0) == other.size(0) && tensor.size(1) == other.size(1), name, shape_of(tensor), "[", other.size(0),
+       ", ", other.size(1), ", width], the rows of ", other_name);
+}
+
 }  // namespace echolora

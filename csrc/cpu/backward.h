@@ -13,7 +13,7 @@ struct Chunks {
   explicit Chunks(int64_t total) {
     const int64_t pieces = total / 128 < 8 ? 8 : at_most(total / 128, 64);
     rows = round_up((total + pieces - 1) / pieces, BLOCK_ROWS);
-    count = (total + rows - 1) / rows;
+    count = rows == 0 ? 0 : (total + rows - 1) / rows;
   }
 };
 

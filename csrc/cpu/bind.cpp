@@ -45,6 +45,7 @@ void* data_of(const Optional& tensor, const char* name, ScalarType dtype, int64_
 }
 
 Dropout dropout_of(const Optional& seed, int64_t below, double keep_scale) {
+  want(below >= 0 && below <= int64_t{1} << 24, "drop_below", std::to_string(below), "0 to 2^24");
   if (below == 0) return {};
   want(seed.has_value(), "seed", "None", "a tensor where drop_below is not 0");
   want(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed", dtype_of(*seed), "one Long element");
@@ -138,6 +139,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& a, const Tensor& b, double 
                       const Optional& z, const Optional& base, const Optional& gain, const Optional& bias,
                       const Tensor& y, bool store_z) {
   const Dropout dropout = dropout_of(seed, drop_below, keep_scale);
+  want_rows_like(x, "x", y, "y");
   const Optional inner = site == 3 ? std::nullopt : delta, outer = site == 3 ? delta : std::nullopt;
   LinearForward p{};
   p.shrink = shrink_of(x, a, scaling, dropout, std::nullopt, site == 3 ? 0 : site, inner, mask);
@@ -145,7 +147,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& a, const Tensor& b, double 
   p.shrink.s = s.data_ptr();
   p.shrink.s_type = type_of(a);
   p.epilogue = epilogue_of(s, b, z, base, gain, bias, outer, mask, y, store_z);
-  if (y.numel() == 0) return s;
+  if (y.numel() == 0) return shrink(x, a, scaling, seed, drop_below, keep_scale, std::nullopt, site % 3, inner, mask);
   const Tensor work = work_for(kernels().linear_forward_work(p), x);
   p.shrink.work = work.data_ptr();
   kernels().linear_forward(p, parallel);
@@ -155,6 +157,9 @@ Tensor linear_forward(const Tensor& x, const Tensor& a, const Tensor& b, double 
 // What one pass over dy yields, [rows, r], [N, r], [N], [N], [n, N]; those that are not needed are empty.
 struct AdapterResults {
   Tensor ds, db, dbias, dgain, ddelta;
+  void clear() {
+    for (Tensor* tensor : {&ds, &db, &dbias, &dgain, &ddelta}) torch::stable::zero_(*tensor);
+  }
 };
 
 AdapterBackward adapter_of(const Tensor& dy, const Optional& s, const Tensor& b, double scaling, const Optional& gain,
@@ -198,7 +203,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
   AdapterResults results;
   AdapterBackward p = adapter_of(dy, s, b, scaling, gain, z, mask,
                                  {need_ds, need_db, need_dbias, need_dgain, need_ddelta}, add_low_rank, &results);
-  if (dy.numel() > 0 && (need_ds || need_db || need_dbias || need_dgain || need_ddelta)) {
+  if (dy.numel() == 0) {
+    results.clear();
+  } else if (need_ds || need_db || need_dbias || need_dgain || need_ddelta) {
     const Tensor work = work_for(kernels().adapter_backward_work(p), dy);
     p.work = work.data_ptr();
     kernels().adapter_backward(p, parallel);
@@ -228,9 +235,9 @@ Tensor lora_a_backward(const Tensor& x, const Tensor& ds, const Optional& seed, 
                        const Optional& delta, const Optional& mask) {
   Tensor da;
   LoraABackward p = lora_a_of(x, ds, dropout_of(seed, drop_below, keep_scale), delta, mask, &da);
-  const Tensor work = work_for(kernels().lora_a_backward_work(p) + 1, x);
+  if (x.numel() == 0) return torch::stable::zero_(da);
+  const Tensor work = work_for(kernels().lora_a_backward_work(p), x);
   p.work = work.data_ptr();
-  if (p.x.total() == 0) return torch::stable::zero_(da);
   kernels().lora_a_backward(p, parallel);
   return da;
 }
@@ -277,12 +284,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   p.need_a = x.has_value();
   p.need_x = dx.has_value();
   want(a || !dx, "a", "None", "a tensor where dx is given");
+  if (x) want_rows_like(*x, "x", dy, "dy");
+  if (dx) want_same_dtype(*dx, "dx", dy);
+  if (dx) want(dx->dim() == 2 && dx->size(0) == dy.size(0) * dy.size(1), "dx", shape_of(*dx), "as many rows as dy");
   p.adapter = adapter_of(dy, s, b, scaling, gain, z, mask,
                          {need_ds || p.need_a || p.need_x, need_db, need_dbias, need_dgain, need_ddelta}, true, &results);
   Tensor da = empty(dy, {0}, accumulator_of(dy.scalar_type()));
   if (x) p.lora_a = lora_a_of(*x, results.ds, dropout, delta, mask, &da);
   if (dx) p.input = input_of(results.ds, *a, product, dropout, true, *dx);
-  if (dy.numel() > 0) {
+  if (dy.numel() == 0) {
+    results.clear();
+    torch::stable::zero_(da);
+  } else {
     const Tensor work = work_for(kernels().linear_backward_work(p), dy);
     p.adapter.work = work.data_ptr();
     kernels().linear_backward(p, parallel);

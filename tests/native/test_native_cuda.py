@@ -103,7 +103,6 @@ print(backends.availability()["cuda"])
     assert said == "there is no GPU"
 
 
-@pytest.mark.xfail(strict=True, reason="setup.py looks for the CUDA runtime beside the script")
 def test_an_nvcc_that_is_a_script_around_another_serves_too(library, toolkit, tmp_path):
     """As package managers install it; only the linking differs, the objects are there."""
     script = tmp_path / "nvcc"

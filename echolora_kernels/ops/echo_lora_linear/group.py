@@ -17,7 +17,7 @@ from .checks import check_group
 from .dropout import Dropout
 from .echo import Echo
 from .kernels import load
-from .passes import ForwardResult, Maybe, from_sums, inner_sums, kinds_of
+from .passes import Maybe, from_sums, inner_sums, kinds_of
 from .projection import Projection
 from .rows import accumulator_dtype, as_rows
 

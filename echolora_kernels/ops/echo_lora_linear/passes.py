@@ -133,8 +133,10 @@ def backward_pass(
     need_x, need_weight, need_bias, need_a, need_b, need_magnitude, need_delta = needs
     inner_delta = need_delta and site != "output"
     dy_rows = as_rows(dy)
-    rows = as_rows(x) if need_a or need_weight else None
-    dx = da = dweight = None
+    rows: Maybe = as_rows(x) if need_a or need_weight else None
+    dx: Maybe = None
+    da: Maybe = None
+    dweight: Maybe = None
     of_output = mask if site == "output" else None
     which = {
         "need_lora_b": need_b,
@@ -165,13 +167,14 @@ def backward_pass(
         sums = kernels.adapter_backward(
             dy_rows, out.s, lora_b, scaling, gain=out.gain, z=out.z, mask=of_output, need_ds=need_ds, **which
         )
+        ds: Maybe = sums.ds
         if need_a:
             echo_mask = mask if site == "adapter_input" else None
             da = kernels.lora_a_backward(
-                rows, sums.ds, dropout=dropout, delta=delta, mask=echo_mask, dtype=kinds[3][1]
+                rows, ds, dropout=dropout, delta=delta, mask=echo_mask, dtype=kinds[3][1]
             )  # fmt: skip
         if need_x:
-            dx = kernels.input_product(dy_rows, weight, sums.ds, lora_a, dropout=dropout, gain=out.gain)
+            dx = kernels.input_product(dy_rows, weight, ds, lora_a, dropout=dropout, gain=out.gain)
     dbias, db, dmagnitude, ddelta = from_sums(sums, lora_a, mask, out.norm, site, kinds[2:], inner_delta)
     if need_weight:
         dweight = _weight_gradient(dy_rows, rows, out.gain).to(kinds[1][1])
