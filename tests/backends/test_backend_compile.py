@@ -50,3 +50,22 @@ def test_one_graph_equals_eager(backend, site, dora, p, calls):
             assert torch.equal(gradient, want[name]), name
         assert calls == eager
         calls.clear()
+
+
+def test_inductor_round_the_operator(backend, device):
+    """The default compiler, with something to fuse on both sides."""
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("the interpreter's kernels are no different from what aot_eager calls")
+    case = make(backend, n=2, t=4, d_in=5, d_out=6, site="output", dora=True, dtype=torch.float32)
+    leaves = {name: tensor.detach().requires_grad_(name != "weight") for name, tensor in case.tensors().items()}
+
+    def block(case):
+        return torch.sigmoid(replace(case, x=case.x * 2).call(backend)) + 1
+
+    names = [name for name in leaves if name != "weight"]
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True)):
+        y = function(replace(case, **leaves))
+        results.append([y, *torch.autograd.grad(y, [leaves[name] for name in names], case.dy)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
