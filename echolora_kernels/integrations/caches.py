@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,10 +51,27 @@ def run_with_cache(
 
 
 def new_cache() -> Any:
-    """An empty cache whose every layer keeps all positions; models mask out what a sliding window does not see."""
+    """An empty cache whose every layer keeps all positions; models mask out what a sliding window does not see.
+
+    A block that is recomputed in the backward pass would add its keys a second time: the cache refuses them then.
+    """
     from transformers import DynamicCache
 
-    return DynamicCache()
+    cache = DynamicCache()
+    cache.update = _refusing_recomputation(cache.update)
+    return cache
+
+
+def _refusing_recomputation(update: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(*arguments: Any, **named: Any) -> Any:
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "a block is recomputed in the backward pass of a shared step, by a kind of checkpointing that is not "
+                'seen before; use the model\'s gradient_checkpointing_enable(), or step_mode="two-pass"'
+            )
+        return update(*arguments, **named)
+
+    return guarded
 
 
 def repeated_cache(cache: Any, length: int, times: int) -> Any:
