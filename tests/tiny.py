@@ -95,7 +95,9 @@ def echo_model(
 
 
 def always_on(**choices) -> EchoConfig:
-    return EchoConfig(**{"echo_end_probability": 1.0, "total_steps": 10, "scale": 1.0, "gate_bias": 0.0, **choices})
+    """Every step routed, in the two-pass form: the reference, whose every position can be looked at."""
+    defaults = {"echo_end_probability": 1.0, "total_steps": 10, "scale": 1.0, "gate_bias": 0.0}
+    return EchoConfig(**{**defaults, "step_mode": "two-pass", **choices})
 
 
 def sample(prompt: int, answer: int) -> tuple[list[int], list[int]]:

@@ -43,7 +43,9 @@ class EchoConfig:
         kd_temperature: tau (R).
         kd_detach: side of the KL without gradient: "on" (the teacher; R), "none" or "off" (O).
         seed: of the routing draws; equal on every rank.
-        step_mode: "two-pass" runs the batch OFF, then ON; "auto" takes the fastest exact form there is (O).
+        step_mode: "two-pass" runs the batch OFF, then ON. "shared" runs the prompts once and then the answers of both
+            branches together: the same losses and gradients (with dropout, one mask for the shared prompt), for models
+            of transformers without gradient checkpointing. "auto" takes "shared" where it can (O).
 
     Raises:
         TypeError, ValueError: a field is out of range; the message names it.

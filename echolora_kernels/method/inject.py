@@ -58,6 +58,10 @@ class Injector:
         with self._scope(echoes), self._recomputation_sees(echoes):
             yield
 
+    def checkpointing(self) -> bool:
+        """Whether any block is checkpointed."""
+        return any(getattr(block, "gradient_checkpointing", False) for block in self._blocks)
+
     def reentrant(self) -> bool:
         """Whether blocks are checkpointed in the reentrant way."""
         functions = [

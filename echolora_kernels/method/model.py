@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,10 @@ from .config import EchoConfig
 from .inject import Injector
 from .output import EchoLoRAOutput
 from .route import echo_probability, routed
+from .shared import shared_step, why_not_shared
 from .two_pass import two_pass_step
+
+_log = logging.getLogger(__name__)
 
 
 class EchoLoRA(nn.Module):
@@ -48,8 +52,6 @@ class EchoLoRA(nn.Module):
             raise TypeError("model: got an EchoLoRA, wants the plain model; call remove() on it first")
         if not isinstance(config, EchoConfig):
             raise TypeError(f"config: got {type(config).__name__}, wants an EchoConfig")
-        if config.step_mode == "shared":
-            raise ValueError("step_mode: got 'shared', which is not implemented yet; wants 'auto' or 'two-pass'")
         blocks_name, blocks = decoder_blocks(model)
         self.source_layers, self.target_layers = config.layers(len(blocks))
         targets = _find_targets(model, config, blocks_name, self.target_layers)
@@ -62,7 +64,8 @@ class EchoLoRA(nn.Module):
         self.targets: dict[str, AdaptedLinear] = targets
         self.source_blocks = [blocks[layer] for layer in self.source_layers]
         self.injector = Injector(targets, [blocks[layer] for layer in self.target_layers])
-        self._echo_off = self._removed = self._warned_unsupervised = self._warned_skipped = False
+        self._echo_off = self._removed = False
+        self._warned_unsupervised = self._warned_skipped = self._told_two_pass = False
         self.train(model.training)
 
     def forward(
@@ -89,7 +92,8 @@ class EchoLoRA(nn.Module):
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
-            RuntimeError: after `remove()`, or while a target's adapter is disabled or merged.
+            RuntimeError: after `remove()`, while a target's adapter is disabled or merged, or where step_mode "shared"
+                cannot be done.
         """
         if self._removed:
             raise RuntimeError("this EchoLoRA was removed; use the model that remove() returned")
@@ -106,10 +110,15 @@ class EchoLoRA(nn.Module):
         if getattr(getattr(self.model, "config", None), "use_cache", None) is not None:
             kwargs.setdefault("use_cache", False)
 
-        def run_model() -> torch.Tensor:
-            return _logits(self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs))
+        logits: torch.Tensor | None = None
+        if self._takes_shared_step(kwargs):
+            losses, skipped = shared_step(self, input_ids, labels, attention_mask, num_items_in_batch)
+        else:
 
-        losses, logits, skipped = two_pass_step(self, run_model, labels, attention_mask, num_items_in_batch)
+            def run_model() -> torch.Tensor:
+                return _logits(self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs))
+
+            losses, logits, skipped = two_pass_step(self, run_model, labels, attention_mask, num_items_in_batch)
         self._report_skipped(skipped, len(labels))
         return EchoLoRAOutput(
             loss=losses.loss,
@@ -117,7 +126,7 @@ class EchoLoRA(nn.Module):
             loss_on=None if losses.loss_on is None else losses.loss_on.detach(),
             loss_kd=None if losses.loss_kd is None else losses.loss_kd.detach(),
             routed=self.routed,
-            logits=logits.detach(),
+            logits=None if logits is None else logits.detach(),
             skipped_samples=skipped,
         )
 
@@ -163,6 +172,21 @@ class EchoLoRA(nn.Module):
             if name == "model":  # not set yet: looking further would recurse
                 raise
             return getattr(self.model, name)  # config, generate, device, ...: as on the plain model
+
+    def _takes_shared_step(self, extra: dict[str, Any]) -> bool:
+        """Whether this step is the shared one; "auto" says once why it is not."""
+        mode = self.echo_config.step_mode
+        if mode == "two-pass":
+            return False
+        reason = why_not_shared(self, extra)
+        if reason is None:
+            return True
+        if mode == "shared":
+            raise RuntimeError(f"step_mode: got 'shared', which cannot be done: {reason}")
+        if not self._told_two_pass:
+            self._told_two_pass = True
+            _log.info("Echo-LoRA runs its batches twice (step_mode two-pass): %s", reason)
+        return False
 
     def _check_active(self) -> None:
         for target in self.targets.values():

@@ -54,7 +54,7 @@ def two_pass_step(
     if routed:
         mask = _injected_positions(config.answer_mask, labels, attention_mask)
         u = normalise(recording.pooled(), config.norm_eps)
-        with echo_lora.injector.injecting(_echoes(echo_lora, u, mask)):
+        with echo_lora.injector.injecting(echoes_of(echo_lora, u, mask)):
             logits_on = run_model()
 
     losses = echo_distillation(
@@ -76,7 +76,7 @@ def _injected_positions(answer_mask: bool, labels: torch.Tensor, attention_mask:
     return torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask != 0
 
 
-def _echoes(echo_lora: EchoLoRA, u: torch.Tensor, mask: torch.Tensor) -> dict[str, Echo]:
+def echoes_of(echo_lora: EchoLoRA, u: torch.Tensor, mask: torch.Tensor) -> dict[str, Echo]:
     """Delta of every target module, on the module's device."""
     config = echo_lora.echo_config
     echoes = {}

@@ -96,7 +96,7 @@ def test_json_output_is_json(train, capsys, tmp_path):
     ({"echo-site": "input"}, ["site", "input", "adapter_input"]),
     ({"source-layers": "4,x"}, ["source_layers", "4,x", "numbers"]),
     ({"source-layers": "2", "target-layers": "2"}, ["target_layers", "below 2"]),
-    ({"step-mode": "shared"}, ["step_mode", "shared"]),
+    ({"step-mode": "once"}, ["step_mode", "once", "shared"]),
     ({"target-modules": "query"}, ["target_modules", "query"]),
     ({"target-modules": ","}, ["target_modules", "names"]),
     ({"threads": 0}, ["threads", "0", "at least 1"]),

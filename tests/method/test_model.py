@@ -34,7 +34,6 @@ def test_networks_are_keyed_by_the_module_they_inject_into():
     (peft_model, {"target_modules": ["o_proj"]}, ["target_modules", "o_proj", "q_proj"]),
     (peft_model, {"source_layers": [6], "target_layers": [0]}, ["source_layers", "6"]),
     (peft_model, {"source_layers": [2], "target_layers": [2]}, ["target_layers", "below 2"]),
-    (peft_model, {"step_mode": "shared"}, ["step_mode", "shared"]),
 ])  # fmt: skip
 def test_a_model_that_does_not_fit_is_left_untouched(make, config, words):
     model = make()

@@ -1,0 +1,99 @@
+"""The training step at about the price of a plain one: prompts once, then all answers, OFF and ON, in one pass.
+
+Before the first supervised token both branches compute the same numbers, since the echo enters at answer positions and
+attention is causal. So the prompts run once, with their keys and values kept in the graph, and both branches' answers
+attend to them: the same losses and gradients as `two_pass` (docs/method.md "The shared step"; O).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..integrations.caches import new_cache, repeated_cache, run_with_cache, why_no_cache
+from ..losses import EchoLosses, echo_distillation
+from ..ops.echo_lora_linear import Echo
+from .collect import BoundaryStates, boundaries, normalise
+from .split import split
+from .two_pass import echoes_of
+
+if TYPE_CHECKING:
+    from .model import EchoLoRA
+
+
+def why_not_shared(echo_lora: EchoLoRA, extra: dict[str, Any]) -> str | None:
+    """None where the shared step can be taken, else the reason why not.
+
+    Args:
+        extra: keyword arguments for the model, beside input_ids and attention_mask.
+    """
+    if not echo_lora.echo_config.answer_mask:
+        return "answer_mask is False: the echo changes the prompts too"
+    if echo_lora.injector.checkpointing():
+        return "gradient checkpointing keeps no keys and values"
+    unknown = sorted(set(extra) - {"use_cache"})
+    if unknown:
+        return f"the model is given {', '.join(unknown)}, which would have to be cut at the boundaries too"
+    return why_no_cache(echo_lora.model)
+
+
+def shared_step(
+    echo_lora: EchoLoRA,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    num_items: int | torch.Tensor | None,
+) -> tuple[EchoLosses, int]:
+    """Losses and the number of samples without supervision; arguments as those of `two_pass_step`."""
+    config, routed = echo_lora.echo_config, echo_lora.routed
+    b, supervised = boundaries(labels, attention_mask)
+    parts = split(input_ids, labels, attention_mask, b)
+
+    recording: Any = nullcontext()
+    if routed:
+        last = torch.full_like(b, parts.prompt.width - 1)
+        recording = BoundaryStates(
+            echo_lora.source_blocks, last, pooling=config.source_pooling, detach=config.detach_source
+        )
+    model, prompt, answer = echo_lora.model, parts.prompt, parts.answer
+    cache = new_cache()
+    with recording, echo_lora.injector.injecting(None):
+        run_with_cache(model, prompt.ids, prompt.mask, prompt.positions, cache, 1)
+
+    branches = 2 if routed else 1
+    echoes = None
+    if routed:
+        # OFF rows come first, with a mask of zeros: their sums are those without an echo
+        mask = torch.cat([torch.zeros_like(parts.injected), parts.injected])
+        u = normalise(recording.pooled(), config.norm_eps)
+        echoes = {key: _after_off_rows(echo, mask) for key, echo in echoes_of(echo_lora, u, parts.injected).items()}
+    # the boundary is run again among the answers, where its logits are wanted; its states were all it was needed for
+    before = torch.cat([prompt.mask[:, :-1], answer.mask], dim=1)
+    with echo_lora.injector.injecting(echoes):
+        logits = run_with_cache(
+            model,
+            answer.ids.repeat(branches, 1),
+            before.repeat(branches, 1),
+            answer.positions.repeat(branches, 1),
+            repeated_cache(cache, prompt.width - 1, branches),
+            0,
+        )
+    # echo_distillation lets column j predict label j + 1; the last column predicts nothing
+    logits = torch.cat([logits, logits.new_zeros((len(logits), 1, logits.shape[2]))], dim=1)
+    off, on = (logits, None) if branches == 1 else logits.chunk(2)
+    losses = echo_distillation(
+        off,
+        on,
+        parts.targets,
+        temperature=config.kd_temperature,
+        kd_weight=config.kd_weight,
+        kd_detach=config.kd_detach,
+        num_items=num_items,
+    )
+    return losses, int((~supervised).sum())
+
+
+def _after_off_rows(echo: Echo, mask: torch.Tensor) -> Echo:
+    return Echo(torch.cat([torch.zeros_like(echo.delta), echo.delta]), mask.to(echo.delta.device), echo.site)

@@ -1,0 +1,224 @@
+"""The shared step against the two-pass form: the same losses and gradients, and when it is not taken."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from tiny import FAMILIES, VOCAB, always_on, batch, echo_model, gradients, pad, sample
+from torch import nn
+
+from echolora_kernels import EchoLoRA, EchoLoRALinear
+from echolora_kernels.ops.echo_lora_linear import SITES
+
+LOSSES = ("loss", "loss_off", "loss_on", "loss_kd")
+
+
+def step(model, mode, data, **options):
+    """Losses and gradients of one step in `mode`."""
+    model.echo_config = dataclasses.replace(model.echo_config, step_mode=mode)
+    model.zero_grad()
+    output = model(**data, **options)
+    output.loss.backward()
+    return output, gradients(model)
+
+
+def assert_same_step(model, data, tolerance=2e-6, **options):
+    """float32 norms inside float64 models leave about 1e-7."""
+    (want, want_grads), (got, got_grads) = (step(model, mode, data, **options) for mode in ("two-pass", "shared"))
+    for name in LOSSES:
+        assert (got[name] is None) == (want[name] is None)
+        if want[name] is not None:
+            torch.testing.assert_close(got[name], want[name], rtol=tolerance, atol=tolerance)
+    assert got.skipped_samples == want.skipped_samples and got.routed == want.routed
+    assert got.logits is None
+    assert got_grads.keys() == want_grads.keys() and len(got_grads) > 10
+    for name, gradient in want_grads.items():
+        error = (got_grads[name] - gradient).abs().max() / gradient.abs().max().clamp_min(1e-6)
+        assert error < (tolerance if gradient.dtype == torch.float64 else 1e-4), (name, error)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", ["peft", "native"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, kind, dora, side):
+    torch.manual_seed(0)
+    assert_same_step(echo_model(kind, family=family, dora=dora), batch(side))
+
+
+def test_plain_rotary_positions_are_exact_in_float64():
+    """With norms in float64 nothing but the order of sums is left."""
+    torch.manual_seed(0)
+    model = echo_model()
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = lambda x, m=module: m.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        if type(module).__name__ == "LlamaRotaryEmbedding":
+            module.inv_freq = module.inv_freq.double()
+    data = batch()
+    (want, want_grads), (got, got_grads) = (step(model, mode, data) for mode in ("two-pass", "shared"))
+    assert abs(got.loss - want.loss) < 1e-12 * want.loss.abs()
+    for name, gradient in want_grads.items():
+        assert (got_grads[name] - gradient).abs().max() < 1e-9 * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("choices", [
+    {"site": "adapter_input"}, {"site": "rank"}, {"dora_echo": "inside"}, {"source_pooling": "last"},
+    {"detach_source": False}, {"kd_detach": "none"}, {"kd_detach": "off"}, {"kd_temperature": 0.7, "kd_weight": 3.0},
+    {"target_modules": ("q_proj", "up_proj")}, {"source_layers": (5,), "target_layers": (0, 1, 2)},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind", ["peft", "native"])
+def test_every_choice_of_the_method(kind, choices):
+    torch.manual_seed(0)
+    model = echo_model(kind, always_on(**choices), dora="dora_echo" in choices)
+    assert_same_step(model, batch())
+
+
+@pytest.mark.parametrize("lengths", [
+    [(1, 1)], [(1, 5), (1, 2)], [(12, 1), (1, 9)], [(7, 7)], [(3, 2), (3, 2), (3, 2)],
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_any_mix_of_lengths(lengths, attention):
+    torch.manual_seed(0)
+    # eager attention's float32 softmax turns fully padded float64 rows into NaN
+    dtype, tolerance = (torch.float64, 2e-6) if attention == "sdpa" else (torch.float32, 2e-5)
+    model = echo_model(dtype=dtype, attn_implementation=attention)
+    assert_same_step(model, pad([sample(*pair) for pair in lengths]), tolerance)
+
+
+def test_several_supervised_spans_and_a_tail():
+    """Everything from the first supervised token on is answer; the mask decides what gets the echo and the loss."""
+    torch.manual_seed(0)
+    samples = [sample(4, 9), sample(3, 6)]
+    for _, labels in samples:
+        labels[6:8] = [-100, -100]
+    samples[0][1][-2:] = [-100, -100]
+    assert_same_step(echo_model(), pad(samples, length=15))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_samples_without_supervision(side):
+    torch.manual_seed(0)
+    assert_same_step(echo_model(), pad([sample(5, 3), sample(9, 0), sample(4, 2)], side))
+
+
+def test_a_batch_without_supervision():
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="no supervised token"):
+        output, found = step(echo_model(), "shared", pad([sample(5, 0), sample(3, 0)]))
+    assert output.loss == 0 and all(not gradient.any() for gradient in found.values())
+
+
+def test_no_attention_mask_and_a_divisor():
+    torch.manual_seed(0)
+    data = pad([sample(5, 3), sample(6, 2)])
+    del data["attention_mask"]
+    assert_same_step(echo_model(), data, num_items_in_batch=11)
+
+
+def test_a_step_that_is_not_routed():
+    torch.manual_seed(0)
+    model = echo_model(config=always_on(echo_start_probability=0.0, echo_end_probability=0.0))
+    data = batch()
+    output, found = step(model, "shared", data)
+    want, wanted = step(model, "two-pass", data)
+    assert not output.routed and output.loss_on is None
+    torch.testing.assert_close(output.loss, want.loss)
+    assert found.keys() == wanted.keys() and not any("echo_networks" in name for name in found)
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    model = echo_model(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        data = batch()
+        (want, _), (got, _) = (step(model, mode, data) for mode in ("two-pass", "shared"))
+    torch.testing.assert_close(got.loss, want.loss, rtol=0.02, atol=0.02)
+
+
+def test_dropout_draws_one_mask_for_the_prompt():
+    """ON and OFF then differ by the answers' masks alone: with no dropout there, not at all where the echo is zero."""
+    torch.manual_seed(0)
+    model = echo_model(dropout=0.5, moved=False)  # Delta is zero
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.register_forward_hook(lambda m, args, y: args[0] if y.shape[0] == 6 else y)  # the answer pass
+    output, _ = step(model, "shared", batch())
+    assert output.loss_on == output.loss_off and output.loss_kd.abs() < 1e-12
+    output, _ = step(model, "two-pass", batch())
+    assert output.loss_on != output.loss_off
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_prompts_run_once_and_logits_are_those_of_answers(site):
+    model = echo_model(config=always_on(site=site))
+    widths, rows = [], []
+    first = model.model.get_base_model().model.layers[0]
+    first.register_forward_hook(lambda m, args, y: widths.append(tuple(args[0].shape[:2])))
+    model.model.get_base_model().lm_head.register_forward_hook(lambda m, args, y: rows.append(tuple(y.shape[:2])))
+    step(model, "shared", pad([sample(20, 3), sample(17, 2)]))
+    assert widths == [(2, 20), (4, 3)]  # the last answer token is no input, the boundary is one again
+    assert rows == [(2, 1), (4, 3)]
+
+
+def test_checkpointing_and_the_rest_take_the_two_pass_form(caplog):
+    torch.manual_seed(0)
+    model = echo_model(config=always_on(step_mode="auto"))
+    assert model(**batch()).logits is None
+    model.model.enable_input_require_grads()
+    model.model.get_base_model().gradient_checkpointing_enable()
+    with caplog.at_level(logging.INFO):
+        assert model(**batch()).logits is not None
+        assert model(**batch()).logits is not None
+    told = [record.message for record in caplog.records if "two-pass" in record.message]
+    assert len(told) == 1 and "checkpointing" in told[0]
+    model.echo_config = dataclasses.replace(model.echo_config, step_mode="shared")
+    with pytest.raises(RuntimeError, match="step_mode: got 'shared', which cannot be done: gradient checkpointing"):
+        model(**batch())
+
+
+def test_reasons_for_the_two_pass_form():
+    def refusal(model, **extra):
+        with pytest.raises(RuntimeError, match="step_mode: got 'shared'") as error:
+            model(**batch(), **extra)
+        return str(error.value)
+
+    assert "answer_mask" in refusal(echo_model(config=always_on(step_mode="shared", answer_mask=False)))
+    positions = torch.arange(10).expand(3, -1)
+    assert "position_ids" in refusal(echo_model(config=always_on(step_mode="shared")), position_ids=positions)
+
+
+class Plain(nn.Module):
+    """Not of transformers: blocks of adapted linears, logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 8)
+        self.layers = nn.ModuleList(nn.Sequential(EchoLoRALinear(8, 8, r=2)) for _ in range(8))
+        self.head = nn.Linear(8, VOCAB)
+
+    def forward(self, input_ids, attention_mask=None):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        return self.head(hidden)
+
+
+def test_models_of_other_kinds():
+    config = always_on(source_layers=(6,), target_layers=(1,), step_mode="auto")
+    model = EchoLoRA(Plain(), config).train()
+    assert model(**batch()).logits is not None
+    model.echo_config = dataclasses.replace(config, step_mode="shared")
+    with pytest.raises(RuntimeError, match="Plain is no transformers model"):
+        model(**batch())
+
+
+def test_a_recomputation_that_nobody_announced_is_refused():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    model = echo_model()
+    blocks = type(model.model.get_base_model().model.layers[0])
+    apply_activation_checkpointing(model.model, check_fn=lambda module: isinstance(module, blocks))
+    with pytest.raises(RuntimeError, match="recomputed in the backward pass"):
+        step(model, "shared", batch())
