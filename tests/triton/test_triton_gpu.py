@@ -1,7 +1,12 @@
 """What only a GPU can show: 16-bit accuracy, repeatability, graphs, memory. Skipped where there is none."""
 
 import gc
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,3 +134,21 @@ def test_tensors_beyond_two_to_the_31_elements(dtype):
     large = replace(small, x=x, dy=None)
     with torch.no_grad():
         assert torch.equal(large.call("triton")[:, -200:], small.call("triton"))
+
+
+def test_compute_sanitizer_finds_nothing():
+    """Out-of-bounds and misaligned accesses of every kernel, on ragged sizes."""
+    if not shutil.which("compute-sanitizer"):
+        pytest.skip("compute-sanitizer is not installed")
+    code = """
+from triton_cases import make
+for dora, site, p in ((False, None, 0.0), (True, "output", 0.0), (True, "adapter_input", 0.3), (False, "rank", 0.3)):
+    make(n=2, t=37, d_in=75, d_out=83, r=5, site=site, dora=dora, p=p, dtype=torch.bfloat16).results("triton")
+torch.cuda.synchronize()
+"""
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c"]
+    done = subprocess.run(
+        [*command, "import torch" + code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
