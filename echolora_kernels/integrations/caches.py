@@ -57,7 +57,7 @@ def new_cache() -> Any:
     """
     from transformers import DynamicCache
 
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     cache.update = _refusing_recomputation(cache.update)
     return cache
 
@@ -89,4 +89,5 @@ def _repeated(states: torch.Tensor, times: int) -> torch.Tensor:
 
 def _inner(model: nn.Module) -> Any:
     """The transformers model inside a PEFT model, or `model` itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
