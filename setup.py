@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -88,8 +89,8 @@ class Rules:
         """Builds everything that is out of date."""
         lines = ["ninja_required_version = 1.5", ""]
         for number, (target, inputs, command, has_depfile) in enumerate(self.edges):
-            lines += [f"rule r{number}", f"  command = {subprocess.list2cmdline(command)}"]
-            lines += [f"  depfile = {target}.d", "  deps = gcc"] if has_depfile else []
+            lines += [f"rule r{number}", f"  command = {shlex.join(command).replace('$', '$$')}"]
+            lines += [f"  depfile = {_escaped(target)}.d", "  deps = gcc"] if has_depfile else []
             lines += [f"build {_escaped(target)}: r{number} {' '.join(map(_escaped, inputs))}", ""]
         (self.folder / "build.ninja").write_text("\n".join(lines))
         if shutil.which("ninja"):

@@ -62,7 +62,22 @@ def _why_no_cuda() -> str | None:
         return "there is no GPU"
     if (reason := native.why_unavailable()) is not None:
         return reason
-    return None if native.cuda_architectures() else "the compiled library was built without CUDA kernels"
+    built = native.cuda_architectures()
+    if not built:
+        return "the compiled library was built without CUDA kernels"
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not any(_runs_on(arch, *capability) for arch in built):
+            return f"the compiled library has kernels for {' '.join(built)}, not for sm_{capability[0]}{capability[1]}"
+    return None
+
+
+def _runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether code for `arch` runs there: the same major version, a minor one no larger; "sm_90a" on 9.0 alone."""
+    number = arch.removeprefix("sm_")
+    exact, digits = not number.isdigit(), number.rstrip("af")
+    of = int(digits[:-1]), int(digits[-1])
+    return of == (major, minor) if exact else of[0] == major and of[1] <= minor
 
 
 def _echo_lora_linear_by(backend: str) -> Callable:
@@ -167,7 +182,11 @@ def _chosen_name(op: str, requested: str | None, device: torch.device | None) ->
         if reason is not None or requested is not None:  # the variable speaks for the operators that its backend has
             reason = reason or "it does not implement this operator"
             raise BackendUnavailable(f"backend {wanted!r} cannot run {op}: {reason}")
+    # kernels have no rules for vmap, grad and jvp; the reference is made of operators that do
+    plain = torch._C._are_functorch_transforms_active()
     for backend in BACKENDS:
+        if plain and backend.preferred_on is not None:
+            continue
         if op in backend.operators and _preferred(backend, device) and backend.why_unavailable() is None:
             return backend.name
     raise BackendUnavailable(f"no backend can run {op}: {availability()}")

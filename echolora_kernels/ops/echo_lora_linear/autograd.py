@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .checks import check_group
@@ -123,9 +124,9 @@ def echo_lora_linear(
 
 def apply(backend: str, x: torch.Tensor, weight: torch.Tensor, p: Projection, dropout: Dropout) -> torch.Tensor:
     """y of one projection, `weight` in place of its own: traced, without gradients, or by the autograd Function."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:  # fake tensors, tracers
         return compiled_echo_lora_linear(backend, x, weight, p, dropout)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:  # else the Function says that it has no jvp
         inputs = (x, weight, p.bias, p.lora_a, p.lora_b, p.magnitude, p.echo)
         return forward_pass(load(backend), *inputs, p.scaling, dropout, False).y
     delta, mask, site = (None, None, "output") if p.echo is None else (p.echo.delta, p.echo.mask, p.echo.site)

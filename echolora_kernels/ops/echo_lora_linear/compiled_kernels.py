@@ -59,6 +59,9 @@ class CompiledKernels:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """D0; see `Kernels`."""
         wide = accumulator_dtype(torch.promote_types(weight.dtype, lora_a.dtype))
+        if not self.fused:  # W0 contiguous, as wide as the result; adapters in its dtype or its accumulator's
+            weight = (weight.to(wide) if wide == torch.float64 else weight).contiguous()
+            lora_a, lora_b = _thin(lora_a, weight.dtype), _thin(lora_b, weight.dtype)
         norm, gain = _operators().dora_norm.default(weight, lora_a, lora_b, scaling, _dense(magnitude, wide))
         return norm, None if magnitude is None else gain
 
@@ -142,7 +145,7 @@ class CompiledKernels:
         """y and its rows, for the epilogue; the product of what the gain applies to; and of x where that is another."""
         y = x.new_empty(shape)
         flat, transposed, base = _flat(x), weight.t(), None
-        z = y.view(-1, weight.shape[0])
+        z = y.view(x.shape[0] * x.shape[1], weight.shape[0])
         rows = y.view(x.shape[0], x.shape[1], weight.shape[0])
         if store_z:
             z = torch.empty_like(z)
@@ -304,7 +307,7 @@ def _operators() -> Any:
 
 def _flat(rows: torch.Tensor) -> torch.Tensor:
     """[n, T, width] as [n * T, width], copied only where the strides forbid a view."""
-    return one_sample(rows).reshape(-1, rows.shape[2])
+    return one_sample(rows).reshape(rows.shape[0] * rows.shape[1], rows.shape[2])
 
 
 def _dense(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

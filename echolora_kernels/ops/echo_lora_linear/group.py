@@ -6,6 +6,7 @@ the same by linearity, and the stacked kernel needs one site only. F2, B1 and B3
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -189,7 +190,7 @@ def echo_lora_linear_group(
         (most is None or sum(len(p.lora_a) for p in projections) <= most)
         and len(masks) <= 1
         and not any(weight.requires_grad for weight in weights)
-        and x.shape[:-1].numel() > 0
+        and math.prod(x.shape[:-1]) > 0
         and not torch.compiler.is_compiling()
     )
     if not together:

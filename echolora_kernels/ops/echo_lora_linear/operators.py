@@ -5,6 +5,7 @@ Eager calls go round them (`autograd`), since crossing the boundary of a registe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ def _(
     x, weight, bias, lora_a, lora_b, magnitude, delta, mask, seed, backend, site, scaling, dropout_p, dora_dropout,
     store_z,
 ):  # fmt: skip
-    rows, d_out = x.shape[:-1].numel(), weight.shape[0]
+    rows, d_out = math.prod(x.shape[:-1]), weight.shape[0]
     wide = accumulator_dtype(torch.promote_types(weight.dtype, lora_a.dtype))
     y = x.new_empty((*x.shape[:-1], d_out))
     s = x.new_empty((rows, lora_a.shape[0]), dtype=load(backend).s_dtype(x.dtype, lora_a.dtype))

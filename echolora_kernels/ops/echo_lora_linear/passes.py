@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ def forward_pass(
     store_z: bool,
 ) -> ForwardResult:
     """F1 and F2, and D0 for DoRA."""
-    if x.shape[:-1].numel() == 0:
+    if math.prod(x.shape[:-1]) == 0:
         return ForwardResult(x.new_empty((*x.shape[:-1], weight.shape[0])), None, None, None, None)
     rows = as_rows(x)
     norm = gain = None
