@@ -25,7 +25,7 @@ def test_forward_mode_gradients_are_refused(backend):
     case = make(backend)
     with torch.autograd.forward_ad.dual_level(), torch.no_grad():
         dual = torch.autograd.forward_ad.make_dual(case.x, torch.ones_like(case.x))
-        with pytest.raises(Exception, match="jvp|forward"):
+        with pytest.raises(Exception, match=r"jvp|forward"):
             echo_lora_linear(dual, case.weight, None, case.lora_a, case.lora_b, 1.0, backend=backend)
 
 
