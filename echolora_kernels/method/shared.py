@@ -7,17 +7,16 @@ attend to them: the same losses and gradients as `two_pass` (docs/method.md "The
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..integrations.caches import new_cache, repeated_cache, run_with_cache, why_no_cache
-from ..losses import EchoLosses, echo_distillation
+from ..losses import EchoLosses
 from ..ops.echo_lora_linear import Echo
-from .collect import BoundaryStates, boundaries, normalise
+from .branches import echoes_of, losses_of, recording_of
+from .collect import boundaries
 from .split import split
-from .two_pass import echoes_of
 
 if TYPE_CHECKING:
     from .model import EchoLoRA
@@ -47,16 +46,10 @@ def shared_step(
     num_items: int | torch.Tensor | None,
 ) -> tuple[EchoLosses, int]:
     """Losses and the number of samples without supervision; arguments as those of `two_pass_step`."""
-    config, routed = echo_lora.echo_config, echo_lora.routed
+    routed = echo_lora.routed
     b, supervised = boundaries(labels, attention_mask)
     parts = split(input_ids, labels, attention_mask, b)
-
-    recording: Any = nullcontext()
-    if routed:
-        last = torch.full_like(b, parts.prompt.width - 1)
-        recording = BoundaryStates(
-            echo_lora.source_blocks, last, pooling=config.source_pooling, detach=config.detach_source
-        )
+    recording = recording_of(echo_lora, torch.full_like(b, parts.prompt.width - 1))
     model, prompt, answer = echo_lora.model, parts.prompt, parts.answer
     cache = new_cache()
     with recording, echo_lora.injector.injecting(None):
@@ -67,8 +60,8 @@ def shared_step(
     if routed:
         # OFF rows come first, with a mask of zeros: their sums are those without an echo
         mask = torch.cat([torch.zeros_like(parts.injected), parts.injected])
-        u = normalise(recording.pooled(), config.norm_eps)
-        echoes = {key: _after_off_rows(echo, mask) for key, echo in echoes_of(echo_lora, u, parts.injected).items()}
+        on = echoes_of(echo_lora, recording, parts.injected)
+        echoes = {key: _after_off_rows(echo, mask) for key, echo in on.items()}
     # the boundary is run again among the answers, where its logits are wanted; its states were all it was needed for
     before = torch.cat([prompt.mask[:, :-1], answer.mask], dim=1)
     with echo_lora.injector.injecting(echoes):
@@ -82,16 +75,8 @@ def shared_step(
         )
     # echo_distillation lets column j predict label j + 1; the last column predicts nothing
     logits = torch.cat([logits, logits.new_zeros((len(logits), 1, logits.shape[2]))], dim=1)
-    off, on = (logits, None) if branches == 1 else logits.chunk(2)
-    losses = echo_distillation(
-        off,
-        on,
-        parts.targets,
-        temperature=config.kd_temperature,
-        kd_weight=config.kd_weight,
-        kd_detach=config.kd_detach,
-        num_items=num_items,
-    )
+    logits_off, logits_on = (logits, None) if branches == 1 else logits.chunk(2)
+    losses = losses_of(echo_lora, logits_off, logits_on, parts.targets, num_items)
     return losses, int((~supervised).sum())
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..losses import EchoLosses, echo_distillation
+from ..losses import EchoLosses
 from ..ops.echo_distillation import IGNORE_INDEX
-from ..ops.echo_lora_linear import Echo
-from .collect import BoundaryStates, boundaries, normalise
+from .branches import echoes_of, losses_of, recording_of
+from .collect import boundaries
 
 if TYPE_CHECKING:
     from .model import EchoLoRA
@@ -37,35 +36,22 @@ def two_pass_step(
     config = echo_lora.echo_config
     b, supervised = boundaries(labels, attention_mask)
     routed = echo_lora.routed
-    recording: Any = nullcontext()
-    if routed:
-        recording = BoundaryStates(
-            echo_lora.source_blocks, b, pooling=config.source_pooling, detach=config.detach_source
+    recording = recording_of(echo_lora, b)
+    if routed and not config.detach_source and echo_lora.injector.reentrant():
+        raise RuntimeError(
+            "detach_source: got False, wants True with reentrant gradient checkpointing, whose "
+            "backward pass would go through the boundary states twice"
         )
-        if not config.detach_source and echo_lora.injector.reentrant():
-            raise RuntimeError(
-                "detach_source: got False, wants True with reentrant gradient checkpointing, whose "
-                "backward pass would go through the boundary states twice"
-            )
     with recording, echo_lora.injector.injecting(None):
         logits_off = run_model()
 
     logits_on = None
     if routed:
         mask = _injected_positions(config.answer_mask, labels, attention_mask)
-        u = normalise(recording.pooled(), config.norm_eps)
-        with echo_lora.injector.injecting(echoes_of(echo_lora, u, mask)):
+        with echo_lora.injector.injecting(echoes_of(echo_lora, recording, mask)):
             logits_on = run_model()
 
-    losses = echo_distillation(
-        logits_off,
-        logits_on,
-        labels,
-        temperature=config.kd_temperature,
-        kd_weight=config.kd_weight,
-        kd_detach=config.kd_detach,
-        num_items=num_items,
-    )
+    losses = losses_of(echo_lora, logits_off, logits_on, labels, num_items)
     return losses, logits_off, int((~supervised).sum())
 
 
@@ -74,17 +60,3 @@ def _injected_positions(answer_mask: bool, labels: torch.Tensor, attention_mask:
     if answer_mask:
         return labels != IGNORE_INDEX
     return torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-
-
-def echoes_of(echo_lora: EchoLoRA, u: torch.Tensor, mask: torch.Tensor) -> dict[str, Echo]:
-    """Delta of every target module, on the module's device."""
-    config = echo_lora.echo_config
-    echoes = {}
-    for key, network in echo_lora.echo_networks.items():
-        parameter = next(network.parameters())
-        delta = network(u.to(parameter))
-        if config.dora_echo == "inside":
-            gain = echo_lora.targets[key].gain()
-            delta = delta if gain is None else gain * delta
-        echoes[key] = Echo(delta, mask.to(parameter.device), config.site)
-    return echoes

@@ -5,7 +5,7 @@ import torch
 from tiny import always_on, batch, echo_model, gradients
 from torch import nn
 
-from echolora_kernels.method import two_pass
+from echolora_kernels.method.collect import BoundaryStates
 
 
 def float64_clean(wrapped):
@@ -56,11 +56,11 @@ def test_gradcheck_with_the_echo_state_held_fixed(monkeypatch, dora):
     wrapped = float64_clean(echo_model("peft", config, dora=dora))
     inputs = batch()
     states = []
-    pooled = two_pass.BoundaryStates.pooled
-    monkeypatch.setattr(two_pass.BoundaryStates, "pooled", lambda self: states.append(pooled(self)) or states[-1])
+    pooled = BoundaryStates.pooled
+    monkeypatch.setattr(BoundaryStates, "pooled", lambda self: states.append(pooled(self)) or states[-1])
     wrapped(**inputs).loss.backward()
     free = gradients(wrapped)
-    monkeypatch.setattr(two_pass.BoundaryStates, "pooled", lambda self: states[0].clone())
+    monkeypatch.setattr(BoundaryStates, "pooled", lambda self: states[0].clone())
     wrapped.zero_grad()
     if not dora:  # DoRA's norm is a constant too, which finite differences would not know
         assert_derivatives(wrapped, inputs)
