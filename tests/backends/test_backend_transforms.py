@@ -6,7 +6,8 @@ from linear_cases import make
 from torch._subclasses import FakeTensorMode
 
 from echolora_kernels import EchoLoRALinear
-from echolora_kernels.functional import echo_lora_linear
+from echolora_kernels.functional import echo_lora_linear, echo_lora_linear_group
+from echolora_kernels.ops.echo_lora_linear import Projection
 
 
 def test_transforms_take_the_reference_by_themselves():
@@ -35,3 +36,13 @@ def test_fake_tensors(backend):
         x, w, a, b = (mode.from_tensor(t) for t in (case.x, case.weight, case.lora_a, case.lora_b))
         y = echo_lora_linear(x, w, None, a, b, 1.0, backend=backend)
     assert y.shape == (*case.x.shape[:-1], len(case.weight)) and y.dtype == case.x.dtype
+
+
+def test_fake_tensors_in_a_group(backend):
+    case = make(backend)
+    with FakeTensorMode() as mode:
+        x, w, a, b = (mode.from_tensor(t) for t in (case.x, case.weight, case.lora_a, case.lora_b))
+        a.requires_grad_()
+        ys = echo_lora_linear_group(x, [Projection(w, None, a, b, 1.0)] * 2, backend=backend)
+        sum(y.sum() for y in ys).backward()
+    assert [y.shape for y in ys] == [(*case.x.shape[:-1], len(case.weight))] * 2 and a.grad.shape == a.shape

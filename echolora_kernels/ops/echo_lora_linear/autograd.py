@@ -124,7 +124,7 @@ def echo_lora_linear(
 
 def apply(backend: str, x: torch.Tensor, weight: torch.Tensor, p: Projection, dropout: Dropout) -> torch.Tensor:
     """y of one projection, `weight` in place of its own: traced, without gradients, or by the autograd Function."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:  # fake tensors, tracers
+    if traced():
         return compiled_echo_lora_linear(backend, x, weight, p, dropout)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:  # else the Function says that it has no jvp
         inputs = (x, weight, p.bias, p.lora_a, p.lora_b, p.magnitude, p.echo)
@@ -132,6 +132,11 @@ def apply(backend: str, x: torch.Tensor, weight: torch.Tensor, p: Projection, dr
     delta, mask, site = (None, None, "output") if p.echo is None else (p.echo.delta, p.echo.mask, p.echo.site)
     tensors = (x, weight, p.bias, p.lora_a, p.lora_b, p.magnitude, delta, mask)
     return EchoLoRALinearFunction.apply(*tensors, site, float(p.scaling), dropout, backend)
+
+
+def traced() -> bool:
+    """Whether tensors are not what kernels can compute with: torch.compile, or a mode such as fake tensors'."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def under_autocast(x: torch.Tensor, weights: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:

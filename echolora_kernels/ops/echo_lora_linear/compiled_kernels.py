@@ -177,7 +177,7 @@ class CompiledKernels:
         sums = _operators().adapter_backward.default(
             dy, s, _thin(lora_b, dy.dtype), scaling, _dense(gain, wide), z, _dense(mask, wide), *needs, self.fused
         )
-        return AdapterGradients(*(sum_ if need else None for sum_, need in zip(sums, needs, strict=True)))
+        return _needed(sums, needs)
 
     def linear_backward(
         self,
@@ -211,8 +211,7 @@ class CompiledKernels:
             None if dx is None or lora_a is None else _thin(lora_a, dy.dtype), *_drawn(dropout), _dense(delta, wide),
             of_dropped, dx, *needs,
         )  # fmt: skip
-        gradients = AdapterGradients(*(sum_ if need else None for sum_, need in zip(sums, needs, strict=True)))
-        return gradients, None if x is None else da.to(lora_dtype), dx
+        return _needed(sums, needs), None if x is None else da.to(lora_dtype), dx
 
     def lora_a_backward(
         self,
@@ -299,6 +298,11 @@ def _add_product(
     elif gain is not None:
         weight = (weight * gain.unsqueeze(1)).to(weight.dtype)
     return torch.mm(dy, weight) if to is None else torch.addmm(to, dy, weight, out=to)
+
+
+def _needed(sums: Sequence[torch.Tensor], needs: Sequence[bool]) -> AdapterGradients:
+    """The library's sums, which are empty where they were not asked for."""
+    return AdapterGradients(*(sum_ if need else None for sum_, need in zip(sums, needs, strict=True)))
 
 
 def _operators() -> Any:

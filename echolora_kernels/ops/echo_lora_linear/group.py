@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .autograd import apply, check_limits, under_autocast
+from .autograd import apply, check_limits, traced, under_autocast
 from .checks import check_group
 from .dropout import Dropout
 from .echo import Echo
@@ -176,8 +176,8 @@ def echo_lora_linear_group(
     """Several adapted linears of one input, by the kernels of `backend`.
 
     See `echolora_kernels.functional.echo_lora_linear_group`. Projections whose ranks add up to more than the kernels'
-    `max_rank`, that share no mask for echoes inside the adapter, or that train a weight, and graphs that torch.compile
-    traces, are computed one by one with one dropout mask.
+    `max_rank`, that share no mask for echoes inside the adapter, or that train a weight, and calls that are
+    traced, are computed one by one with one dropout mask.
     """
     check_group(x, projections, dropout_p, dora_dropout)
     x, weights = under_autocast(x, [p.weight for p in projections])
@@ -191,7 +191,7 @@ def echo_lora_linear_group(
         and len(masks) <= 1
         and not any(weight.requires_grad for weight in weights)
         and math.prod(x.shape[:-1]) > 0
-        and not torch.compiler.is_compiling()
+        and not traced()
     )
     if not together:
         return tuple(apply(backend, x, weight, p, dropout) for p, weight in zip(projections, weights, strict=True))
