@@ -27,13 +27,17 @@ inline void want(bool fits, const char* name, const std::string& got, const Want
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape_of(const Tensor& tensor) {
+// "[2, 3]"
+template <class Sizes>
+inline std::string text_of(const Sizes& sizes) {
   std::ostringstream text;
-  text << "shape [";
-  for (int64_t i = 0; i < tensor.dim(); i++) text << (i ? ", " : "") << tensor.size(i);
+  text << "[";
+  for (size_t i = 0; i < sizes.size(); i++) text << (i ? ", " : "") << sizes[i];
   text << "]";
   return text.str();
 }
+
+inline std::string shape_of(const Tensor& tensor) { return "shape " + text_of(tensor.sizes()); }
 
 inline std::string dtype_of(const Tensor& tensor) { return std::string("dtype ") + toString(tensor.scalar_type()); }
 
@@ -48,14 +52,8 @@ inline void want_element(const Tensor& tensor, const char* name) {
 }
 
 inline void want_shape(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape) {
-  bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::ostringstream wanted;
-  wanted << "[";
-  for (size_t i = 0; i < shape.size(); i++) {
-    fits = fits && tensor.size(static_cast<int64_t>(i)) == shape[i];
-    wanted << (i ? ", " : "") << shape[i];
-  }
-  want(fits, name, shape_of(tensor), wanted.str(), "]");
+  const auto sizes = tensor.sizes();
+  want(std::vector<int64_t>(sizes.begin(), sizes.end()) == shape, name, shape_of(tensor), text_of(shape));
 }
 
 inline void want_same_device(const Tensor& tensor, const char* name, const Tensor& first) {
@@ -63,10 +61,14 @@ inline void want_same_device(const Tensor& tensor, const char* name, const Tenso
        tensor.is_cuda() ? "a CUDA tensor" : "a CPU tensor", "the device of the other arguments");
 }
 
+inline void want_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {
+  want(tensor.scalar_type() == dtype, name, dtype_of(tensor), toString(dtype));
+}
+
 // A contiguous tensor of one dtype and a number of elements.
 inline void want_dense(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel, const Tensor& first) {
   want_same_device(tensor, name, first);
-  want(tensor.scalar_type() == dtype, name, dtype_of(tensor), toString(dtype));
+  want_dtype(tensor, name, dtype);
   want(tensor.numel() == numel && tensor.is_contiguous(), name, shape_of(tensor), numel, " contiguous elements");
 }
 
@@ -80,8 +82,10 @@ inline void want_thin(const Tensor& tensor, const char* name, ScalarType element
        toString(accumulator_of(element)));
 }
 
+constexpr int64_t LARGEST_RANK = 256;
+
 inline void want_rank(const Tensor& tensor, const char* name, int64_t rank) {
-  want(rank >= 1 && rank <= 256, name, shape_of(tensor), "a rank from 1 to 256");
+  want(rank >= 1 && rank <= LARGEST_RANK, name, shape_of(tensor), "a rank from 1 to ", LARGEST_RANK);
 }
 
 inline void want_rows(const Tensor& tensor, const char* name) {
@@ -89,16 +93,12 @@ inline void want_rows(const Tensor& tensor, const char* name) {
   want_element(tensor, name);
 }
 
-inline void want_same_dtype(const Tensor& tensor, const char* name, const Tensor& first) {
-  want(tensor.scalar_type() == first.scalar_type(), name, dtype_of(tensor), toString(first.scalar_type()));
-}
-
 // The samples, positions and dtype of another tensor of rows.
 inline void want_rows_like(const Tensor& tensor, const char* name, const Tensor& other, const char* other_name) {
   want_rows(tensor, name);
   want_rows(other, other_name);
   want_same_device(tensor, name, other);
-  want_same_dtype(tensor, name, other);
+  want_dtype(tensor, name, other.scalar_type());
   want(tensor.size(0) == other.size(0) && tensor.size(1) == other.size(1), name, shape_of(tensor), "[", other.size(0),
        ", ", other.size(1), ", width], the rows of ", other_name);
 }

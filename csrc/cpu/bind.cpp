@@ -285,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   p.need_x = dx.has_value();
   want(a || !dx, "a", "None", "a tensor where dx is given");
   if (x) want_rows_like(*x, "x", dy, "dy");
-  if (dx) want_same_dtype(*dx, "dx", dy);
+  if (dx) want_dtype(*dx, "dx", dy.scalar_type());
   if (dx) want(dx->dim() == 2 && dx->size(0) == dy.size(0) * dy.size(1), "dx", shape_of(*dx), "as many rows as dy");
   p.adapter = adapter_of(dy, s, b, scaling, gain, z, mask,
                          {need_ds || p.need_a || p.need_x, need_db, need_dbias, need_dgain, need_ddelta}, true, &results);

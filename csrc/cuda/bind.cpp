@@ -4,17 +4,10 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <cstdint>
-#include <optional>
-#include <sstream>
-#include <string>
 #include <tuple>
-#include <vector>
 
+#include "../check.h"
 #include "echolora_cuda.h"
 
 // Weak: a CPU build of torch has no such function, and no CUDA tensor that would need it.
@@ -25,70 +18,36 @@ extern "C" const char* echolora_cuda_architectures() { return ECHOLORA_CUDA_ARCH
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
+using namespace echolora;
+using Maybe = Optional;
 using Shape = std::vector<int64_t>;
 
-constexpr int64_t MAX_RANK = 256;
 // Rows and columns are counted in 32 bits, with room for one tile past the end; elements in 64.
 constexpr int64_t MAX_SIZE = (int64_t{1} << 31) - 1024;
 // Above this rank, partial sums of dS would move more bytes than a second read of dY.
 constexpr int64_t ONE_PASS_RANK = 32;
 
-std::string text(const Shape& shape) {
-  std::ostringstream out;
-  out << "[";
-  for (size_t i = 0; i < shape.size(); ++i) out << (i ? ", " : "") << shape[i];
-  out << "]";
-  return out.str();
+int code_of(const Tensor& t, const char* name) {
+  want_element(t, name);
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return ECHOLORA_FLOAT16;
+    case ScalarType::BFloat16: return ECHOLORA_BFLOAT16;
+    case ScalarType::Float: return ECHOLORA_FLOAT32;
+    default: return ECHOLORA_FLOAT64;
+  }
 }
 
-Shape shape_of(const Tensor& t) {
+Shape sizes_of(const Tensor& t) {
   const auto sizes = t.sizes();
   return Shape(sizes.begin(), sizes.end());
-}
-
-const char* name_of(ScalarType type) { return torch::headeronly::toString(type); }
-
-int dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half:
-      return ECHOLORA_FLOAT16;
-    case ScalarType::BFloat16:
-      return ECHOLORA_BFLOAT16;
-    case ScalarType::Float:
-      return ECHOLORA_FLOAT32;
-    case ScalarType::Double:
-      return ECHOLORA_FLOAT64;
-    default:
-      STD_TORCH_CHECK(false, name, ": got dtype ", name_of(t.scalar_type()), ", wants Half, BFloat16, Float or Double");
-  }
-  return -1;
-}
-
-ScalarType accumulator(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
-
-void want_shape(const Tensor& t, const char* name, const Shape& shape) {
-  STD_TORCH_CHECK(shape_of(t) == shape, name, ": got shape ", text(shape_of(t)), ", wants ", text(shape));
-}
-
-void want_dtype(const Tensor& t, const char* name, ScalarType type) {
-  STD_TORCH_CHECK(t.scalar_type() == type, name, ": got dtype ", name_of(t.scalar_type()), ", wants ", name_of(type));
-}
-
-void want_device(const Tensor& t, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
-                  ": is on another device than the operator's first tensor, wants the same");
 }
 
 // a contiguous tensor of this shape and dtype, on the device of `like`
 void* dense(const Tensor& t, const char* name, const Shape& shape, ScalarType type, const Tensor& like) {
   want_shape(t, name, shape);
   want_dtype(t, name, type);
-  want_device(t, name, like);
-  STD_TORCH_CHECK(t.is_contiguous(), name, ": got strides ", text(Shape(t.strides().begin(), t.strides().end())),
-                  ", wants a contiguous tensor");
+  want_same_device(t, name, like);
+  want(t.is_contiguous(), name, "strides " + text_of(t.strides()), "a contiguous tensor");
   return t.data_ptr();
 }
 
@@ -97,12 +56,12 @@ void* dense(const Maybe& t, const char* name, const Shape& shape, ScalarType typ
 }
 
 echolora_rows rows(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 3, name, ": got shape ", text(shape_of(t)), ", wants [n, T, width]");
+  STD_TORCH_CHECK(t.dim() == 3, name, ": got ", shape_of(t), ", wants [n, T, width]");
   const int64_t n = t.size(0), length = t.size(1), width = t.size(2);
   STD_TORCH_CHECK(n >= 1 && length >= 1 && width >= 1 && n * length <= MAX_SIZE && width <= MAX_SIZE, name,
-                  ": got shape ", text(shape_of(t)), ", wants at least one element and n * T and width below ",
+                  ": got ", shape_of(t), ", wants at least one element and n * T and width below ",
                   MAX_SIZE);
-  return {t.data_ptr(), dtype_of(t, name), n, length, width, t.stride(0), t.stride(1), t.stride(2)};
+  return {t.data_ptr(), code_of(t, name), n, length, width, t.stride(0), t.stride(1), t.stride(2)};
 }
 
 // the same rows as one sample, where the strides allow it
@@ -116,17 +75,13 @@ echolora_rows one_sample(echolora_rows r) {
 
 // [rows, cols] of the layer's dtype or its accumulator's
 echolora_matrix matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols, const Tensor& like) {
-  want_shape(t, name, {rows, cols});
-  want_device(t, name, like);
-  const ScalarType narrow = like.scalar_type(), wide = accumulator(narrow);
-  STD_TORCH_CHECK(t.scalar_type() == narrow || t.scalar_type() == wide, name, ": got dtype ", name_of(t.scalar_type()),
-                  ", wants ", name_of(wide), narrow == wide ? "" : " or ", narrow == wide ? "" : name_of(narrow));
-  return {t.data_ptr(), dtype_of(t, name), t.stride(0), t.stride(1)};
+  want_thin(t, name, like.scalar_type(), rows, cols, like);
+  return {t.data_ptr(), code_of(t, name), t.stride(0), t.stride(1)};
 }
 
 int64_t rank_of(const Tensor& t, const char* name, int64_t dim) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(dim) >= 1 && t.size(dim) <= MAX_RANK, name, ": got shape ", text(shape_of(t)),
-                  ", wants a matrix with a rank from 1 to ", MAX_RANK, " as dimension ", dim);
+  want(t.dim() == 2, name, shape_of(t), "2 dimensions");
+  want_rank(t, name, t.size(dim));
   return t.size(dim);
 }
 
@@ -181,7 +136,7 @@ void run_shrink(echolora_shrink_args& args, const Tensor& like) {
 
 Tensor shrink(Tensor x, Tensor a, double scaling, Maybe seed, int64_t drop_below, double keep_scale, Maybe gain,
               int64_t site, Maybe delta, Maybe mask) {
-  const ScalarType type = x.scalar_type(), acc = accumulator(type);
+  const ScalarType type = x.scalar_type(), acc = accumulator_of(type);
   echolora_shrink_args args = {};
   args.x = rows(x, "x");
   const int64_t total = args.x.samples * args.x.length;
@@ -204,7 +159,7 @@ Tensor shrink(Tensor x, Tensor a, double scaling, Maybe seed, int64_t drop_below
 
 void linear_epilogue(Tensor s, Tensor b, Maybe z, Maybe base, Maybe gain, Maybe bias, Maybe delta, Maybe mask, Tensor y,
                      bool store_z) {
-  const ScalarType type = y.scalar_type(), acc = accumulator(type);
+  const ScalarType type = y.scalar_type(), acc = accumulator_of(type);
   const echolora_rows shape = rows(y, "y");
   echolora_linear_epilogue_args args = {};
   args.dtype = shape.dtype;
@@ -225,7 +180,7 @@ void linear_epilogue(Tensor s, Tensor b, Maybe z, Maybe base, Maybe gain, Maybe 
   args.delta = dense(delta, "delta", {shape.samples, shape.width}, acc, y);
   args.mask = dense(mask, "mask", {shape.samples, shape.length}, acc, y);
   args.store_z = store_z;
-  args.y = dense(y, "y", shape_of(y), type, y);
+  args.y = dense(y, "y", sizes_of(y), type, y);
   STD_TORCH_CHECK(!store_z || args.z != args.y || (!gain && !bias && !delta),
                   "store_z: got True for a z that is y, "
                   "wants memory apart from y where the two differ");
@@ -238,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(Tensor dy, M
                                                                     bool need_db, bool need_dbias, bool need_dgain,
                                                                     bool need_ddelta, bool add_low_rank) {
   STD_TORCH_CHECK(!add_low_rank, "add_low_rank: got True, wants False for CUDA tensors");
-  const ScalarType type = dy.scalar_type(), acc = accumulator(type);
+  const ScalarType type = dy.scalar_type(), acc = accumulator_of(type);
   echolora_adapter_backward_args args = {};
   args.dy = rows(dy, "dy");
   const int64_t total = args.dy.samples * args.dy.length, width = args.dy.width;
@@ -287,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(Tensor dy, M
 
 Tensor lora_a_backward(Tensor x, Tensor ds, Maybe seed, int64_t drop_below, double keep_scale, Maybe delta,
                        Maybe mask) {
-  const ScalarType acc = accumulator(x.scalar_type());
+  const ScalarType acc = accumulator_of(x.scalar_type());
   echolora_lora_a_backward_args args = {};
   args.x = rows(x, "x");
   const int64_t total = args.x.samples * args.x.length, width = args.x.width;
@@ -310,10 +265,10 @@ void input_epilogue(Tensor ds, Tensor a, Maybe product, Maybe seed, int64_t drop
                     bool accumulate, Tensor dx) {
   STD_TORCH_CHECK(
       dx.dim() == 2 && dx.size(0) >= 1 && dx.size(1) >= 1 && dx.size(0) <= MAX_SIZE && dx.size(1) <= MAX_SIZE,
-      "dx: got shape ", text(shape_of(dx)), ", wants [M, K] with at least one element and sizes below ", MAX_SIZE);
+      "dx: got ", shape_of(dx), ", wants [M, K] with at least one element and sizes below ", MAX_SIZE);
   const ScalarType type = dx.scalar_type();
   echolora_input_epilogue_args args = {};
-  args.dtype = dtype_of(dx, "dx");
+  args.dtype = code_of(dx, "dx");
   args.rows = dx.size(0);
   args.width = dx.size(1);
   args.rank = rank_of(a, "a", 0);
@@ -330,15 +285,15 @@ void input_epilogue(Tensor ds, Tensor a, Maybe product, Maybe seed, int64_t drop
 std::tuple<Tensor, Tensor> dora_norm(Tensor weight, Tensor a, Tensor b, double scaling, Maybe magnitude) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) >= 1 && weight.size(0) <= MAX_SIZE &&
                       weight.size(1) <= MAX_SIZE,
-                  "weight: got shape ", text(shape_of(weight)),
+                  "weight: got ", shape_of(weight),
                   ", wants [N, K] with at least one element and sizes below ", MAX_SIZE);
-  const ScalarType acc = accumulator(weight.scalar_type());
+  const ScalarType acc = accumulator_of(weight.scalar_type());
   echolora_dora_norm_args args = {};
-  args.dtype = dtype_of(weight, "weight");
+  args.dtype = code_of(weight, "weight");
   args.rows = weight.size(0);
   args.width = weight.size(1);
   args.rank = rank_of(a, "a", 0);
-  args.weight = dense(weight, "weight", shape_of(weight), weight.scalar_type(), weight);
+  args.weight = dense(weight, "weight", sizes_of(weight), weight.scalar_type(), weight);
   args.a = matrix(a, "a", args.rank, args.width, weight);
   want_dtype(b, "b", a.scalar_type());
   args.b = matrix(b, "b", args.rows, args.rank, weight);
