@@ -28,8 +28,8 @@ STABLE_ABI = "0x020b000000000000"  # of torch 2.11, the oldest that the package 
 COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
 KERNELS = ["-ffp-contract=fast", "-fno-math-errno"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]]
-AMX = [*AVX512, *["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 # csrc/cpu/isa.cpp is built once for each
 INSTRUCTION_SETS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "amx": AMX}
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g"]

@@ -11,18 +11,15 @@ template <int ROWS, int VECTORS, class A, class Ahead>
 inline void gather_tile(const A* x, int64_t stride_i, int64_t stride_j, const A* thin, int64_t ld_thin, int64_t count,
                         A* out, int64_t ld_out, Ahead* ahead) {
   Vec<A> sums[ROWS][VECTORS] = {};
-  const auto step = [&](int64_t j) {
+  const int64_t line = ahead->at;
+  for (int64_t j = 0; j < count; j++) {
+    ahead->ask(line + j);
     Vec<A> b_thin[VECTORS];
     for (int v = 0; v < VECTORS; v++) b_thin[v] = load(thin + j * ld_thin + v * LANES<A>);
     for (int i = 0; i < ROWS; i++) {
       const Vec<A> b_x = splat(x[i * stride_i + j * stride_j]);
       for (int v = 0; v < VECTORS; v++) sums[i][v] += b_x * b_thin[v];
     }
-  };
-  const int64_t line = ahead->at;
-  for (int64_t j = 0; j < count; j++) {
-    ahead->ask(line + j);
-    step(j);
   }
   ahead->at = line + count;
   for (int i = 0; i < ROWS; i++)
