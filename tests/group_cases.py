@@ -13,6 +13,13 @@ from echolora_kernels.functional import echo_lora_linear_group
 from echolora_kernels.ops.echo_lora_linear import Projection, reference
 
 WIDTHS, RANKS = (21, 13, 34), (3, 5, 16)
+SITES_OF_THREE = [
+    (None, None, None),
+    ("output", "output", None),
+    ("rank", "output", "adapter_input"),
+    ("adapter_input", "adapter_input", "adapter_input"),
+]
+DORA_OF_THREE = [(False, False, False), (True, True, True), (False, True, False)]
 
 
 def cases(

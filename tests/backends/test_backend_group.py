@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from group_cases import by_reference, cases, leaves, together
+from group_cases import DORA_OF_THREE, SITES_OF_THREE, by_reference, cases, leaves, together
 from linear_cases import assert_equal_up_to_rounding, why_not
 
 from echolora_kernels.functional import echo_lora_linear_group
@@ -13,11 +13,8 @@ from echolora_kernels.ops.echo_lora_linear.kernels import load
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("sites", [
-    (None, None, None), ("output", "output", None), ("rank", "output", "adapter_input"),
-    ("adapter_input", "adapter_input", "adapter_input"),
-])  # fmt: skip
-@pytest.mark.parametrize("dora", [(False, False, False), (True, True, True), (False, True, False)])
+@pytest.mark.parametrize("sites", SITES_OF_THREE)
+@pytest.mark.parametrize("dora", DORA_OF_THREE)
 def test_float64(backend, sites, p, dora, monkeypatch):
     group = cases(backend, sites, dora, p)
     assert_equal_up_to_rounding(together(group, backend), by_reference(backend, group, monkeypatch))

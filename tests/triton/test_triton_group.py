@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from group_cases import by_reference, cases, together
+from group_cases import DORA_OF_THREE, SITES_OF_THREE, by_reference, cases, together
 from linear_cases import assert_equal_up_to_rounding
 
 from echolora_kernels.ops.echo_lora_linear import candidates
@@ -15,11 +15,8 @@ def vendor(monkeypatch):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("sites", [
-    (None, None, None), ("output", "output", None), ("rank", "output", "adapter_input"),
-    ("adapter_input", "adapter_input", "adapter_input"),
-])  # fmt: skip
-@pytest.mark.parametrize("dora", [(False, False, False), (True, True, True), (False, True, False)])
+@pytest.mark.parametrize("sites", SITES_OF_THREE)
+@pytest.mark.parametrize("dora", DORA_OF_THREE)
 def test_float64_by_the_vendor(vendor, sites, p, dora, monkeypatch):
     group = cases("triton", sites, dora, p)
     assert_equal_up_to_rounding(together(group, "triton"), by_reference("triton", group, monkeypatch))
