@@ -6,10 +6,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <string>
-#include <vector>
 
 namespace echolora {
 
@@ -17,29 +18,44 @@ using Tensor = torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
-// Throws "name: got ..., wants ..." where `fits` is false.
-template <class... Wanted>
-inline void want(bool fits, const char* name, const std::string& got, const Wanted&... wanted) {
-  if (fits) return;
+// What a message says of a tensor. Streamed, so that a check that passes, as they do, makes no text.
+template <class Sizes>
+struct Listed {  // "[2, 3]"
+  const char* before;
+  Sizes sizes;
+};
+struct DtypeOf {
+  ScalarType type;
+};
+inline auto shape_of(const Tensor& tensor) { return Listed<decltype(tensor.sizes())>{"shape ", tensor.sizes()}; }
+inline auto strides_of(const Tensor& tensor) { return Listed<decltype(tensor.strides())>{"strides ", tensor.strides()}; }
+inline DtypeOf dtype_of(const Tensor& tensor) { return {tensor.scalar_type()}; }
+
+template <class Sizes>
+inline std::ostream& operator<<(std::ostream& out, const Listed<Sizes>& listed) {
+  out << listed.before << "[";
+  const char* comma = "";
+  for (const int64_t size : listed.sizes) {
+    out << comma << size;
+    comma = ", ";
+  }
+  return out << "]";
+}
+inline std::ostream& operator<<(std::ostream& out, DtypeOf of) { return out << "dtype " << toString(of.type); }
+
+template <class Got, class... Wanted>
+[[noreturn, gnu::noinline, gnu::cold]] void refuse(const char* name, const Got& got, const Wanted&... wanted) {
   std::ostringstream message;
   message << name << ": got " << got << ", wants ";
   (message << ... << wanted);
   throw std::runtime_error(message.str());
 }
 
-// "[2, 3]"
-template <class Sizes>
-inline std::string text_of(const Sizes& sizes) {
-  std::ostringstream text;
-  text << "[";
-  for (size_t i = 0; i < sizes.size(); i++) text << (i ? ", " : "") << sizes[i];
-  text << "]";
-  return text.str();
+// Throws "name: got ..., wants ..." where `fits` is false.
+template <class Got, class... Wanted>
+inline void want(bool fits, const char* name, const Got& got, const Wanted&... wanted) {
+  if (!fits) refuse(name, got, wanted...);
 }
-
-inline std::string shape_of(const Tensor& tensor) { return "shape " + text_of(tensor.sizes()); }
-
-inline std::string dtype_of(const Tensor& tensor) { return std::string("dtype ") + toString(tensor.scalar_type()); }
 
 inline ScalarType accumulator_of(ScalarType element) {
   return element == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -51,9 +67,11 @@ inline void want_element(const Tensor& tensor, const char* name) {
        dtype_of(tensor), "Float, Double, BFloat16 or Half");
 }
 
-inline void want_shape(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape) {
+template <class Sizes = std::initializer_list<int64_t>>
+inline void want_shape(const Tensor& tensor, const char* name, const Sizes& shape) {
   const auto sizes = tensor.sizes();
-  want(std::vector<int64_t>(sizes.begin(), sizes.end()) == shape, name, shape_of(tensor), text_of(shape));
+  want(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name, shape_of(tensor),
+       Listed<const Sizes&>{"", shape});
 }
 
 inline void want_same_device(const Tensor& tensor, const char* name, const Tensor& first) {
@@ -89,7 +107,7 @@ inline void want_rank(const Tensor& tensor, const char* name, int64_t rank) {
 }
 
 inline void want_rows(const Tensor& tensor, const char* name) {
-  want(tensor.dim() == 3, name, shape_of(tensor), "3 dimensions: samples, positions, width");
+  want(tensor.dim() == 2 || tensor.dim() == 3, name, shape_of(tensor), "[rows, width] or [samples, positions, width]");
   want_element(tensor, name);
 }
 
@@ -99,8 +117,9 @@ inline void want_rows_like(const Tensor& tensor, const char* name, const Tensor&
   want_rows(other, other_name);
   want_same_device(tensor, name, other);
   want_dtype(tensor, name, other.scalar_type());
-  want(tensor.size(0) == other.size(0) && tensor.size(1) == other.size(1), name, shape_of(tensor), "[", other.size(0),
-       ", ", other.size(1), ", width], the rows of ", other_name);
+  const auto sizes = tensor.sizes(), wanted = other.sizes();
+  want(std::equal(sizes.begin(), sizes.end() - 1, wanted.begin(), wanted.end() - 1), name, shape_of(tensor),
+       "the rows of ", other_name, ", ", shape_of(other));
 }
 
 }  // namespace echolora

@@ -1,7 +1,7 @@
 // The operators of the compiled backends: what each computes; CPU and CUDA implementations register themselves.
 //
 // Python (ops/echo_lora_linear/compiled_kernels.py) composes them with the vendor's GEMM, which computes every product
-// with W0. x and dy are [n, T, width] with any strides, T rows a sample, M = n T rows in all. "Accumulator" is float64
+// with W0. x and dy are [n, T, width] with any strides, T rows a sample, M = n T rows in all; on CPUs also [M, width]. "Accumulator" is float64
 // for float64 elements and float32 for the others. Dropout keeps an element where the 24 high bits of its random word
 // (Philox4x32-7 of seed, row and column) are at least drop_below = round(p 2^24); drop_below = 0 is no dropout.
 #include <torch/csrc/stable/library.h>
@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(echolora, m) {
       "shrink(Tensor x, Tensor a, float scaling, Tensor? seed, int drop_below, float keep_scale, Tensor? gain, "
       "int site, Tensor? delta, Tensor? mask) -> Tensor");
   // t = S b^T (+ z);  y = (gain t + (base - z), or t) + bias + mask delta;  store_z: z := t.
-  // s [M, r], b [N, r]; y [n, T, N], z and base [M, N] contiguous; z may be y. z absent: the product S b^T alone.
+  // s [M, r], b [N, r]; y [n, T, N], z and base, as many elements, contiguous; z may be y. z absent: the product S b^T alone.
   m.def(
       "linear_epilogue(Tensor s, Tensor b, Tensor(a!)? z, Tensor? base, Tensor? gain, Tensor? bias, Tensor? delta, "
       "Tensor? mask, Tensor(b!) y, bool store_z) -> ()");
@@ -40,7 +40,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(echolora, m) {
   m.def(
       "lora_a_backward(Tensor x, Tensor ds, Tensor? seed, int drop_below, float keep_scale, Tensor? delta, "
       "Tensor? mask) -> Tensor");
-  // v = drop'(dS a + product);  dx = dx + v where accumulate, else v. dx and product [M, K] contiguous.
+  // v = drop'(dS a + product);  dx = dx + v where accumulate, else v. dx and product, M K elements, contiguous.
   m.def(
       "input_epilogue(Tensor ds, Tensor a, Tensor? product, Tensor? seed, int drop_below, float keep_scale, "
       "bool accumulate, Tensor(a!) dx) -> ()");

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -36,6 +36,13 @@ class Backend:
     operators: dict[str, Callable[[], Callable]]
     why_unavailable: Callable[[], str | None]
     preferred_on: tuple[str, ...] | None = None
+    _imported: dict[str, Callable] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def implementation(self, op: str) -> Callable:
+        """What runs `op`, imported when it is first asked for."""
+        if op not in self._imported:
+            self._imported[op] = self.operators[op]()
+        return self._imported[op]
 
 
 def _always_available() -> str | None:
@@ -169,7 +176,7 @@ def choose(op: str, requested: str | None = None, device: torch.device | None = 
         ValueError: no backend has that name.
         BackendUnavailable: the named backend cannot run here or lacks the operator.
     """
-    return _by_name(_chosen_name(op, requested, device)).operators[op]()
+    return _by_name(_chosen_name(op, requested, device)).implementation(op)
 
 
 def _chosen_name(op: str, requested: str | None, device: torch.device | None) -> str:

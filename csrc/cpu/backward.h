@@ -239,8 +239,8 @@ int64_t input_epilogue_work(const InputEpilogue& p) {
   return P::wide_size(p.rank, p.width);
 }
 
-// dx of one vector, given the adapter's share of it.
-template <class P>
+// dx of one vector, given the adapter's share of it. What `DX_ALONE` promises is the common case: added to dx, no dropout.
+template <class P, bool DX_ALONE>
 struct FinishInput {
   using A = typename P::A;
   using E = typename P::Element;
@@ -251,12 +251,13 @@ struct FinishInput {
   bool accumulate;
 
   void ahead(int64_t i, int64_t col) const {
-    if (accumulate) __builtin_prefetch(dx + i * width + col);
-    if (product) __builtin_prefetch(product + i * width + col);
+    if (DX_ALONE || accumulate) __builtin_prefetch(dx + i * width + col);
+    if (!DX_ALONE && product) __builtin_prefetch(product + i * width + col);
   }
 
   void operator()(int64_t i, int64_t col, int lanes, Vec<A> sum) const {
     const int64_t at = i * width + col;
+    if constexpr (DX_ALONE) return store_part(dx + at, sum + load_part(dx + at, lanes), lanes);
     if (product) sum += load_part(product + at, lanes);
     if (factors) sum *= load_part(factors + i * BLOCK_COLS + col, lanes);
     if (accumulate) sum += load_part(dx + at, lanes);
@@ -279,10 +280,14 @@ inline void input_rows(const InputEpilogue& p, int64_t first, int64_t here) {
       for (int64_t i = 0; i < here; i++)
         dropout_factors(p.dropout, first + i, strip, cols, p.width, factors + i * BLOCK_COLS);
     const E* product = static_cast<const E*>(p.product);
-    const FinishInput<P> finish{static_cast<E*>(p.dx) + at, product ? product + at : nullptr,
-                                p.dropout.below ? factors : nullptr, p.width, p.accumulate};
+    E* dx = static_cast<E*>(p.dx) + at;
+    const A* kept = p.dropout.below ? factors : nullptr;
+    product = product ? product + at : nullptr;
     const Packed* wide = static_cast<const Packed*>(p.work) + P::wide_at(strip, p.rank);
-    P::spread(ds, p.rank, wide, p.width, here, cols, finish);
+    if (p.accumulate && !product && !kept)
+      P::spread(ds, p.rank, wide, p.width, here, cols, FinishInput<P, true>{dx, product, kept, p.width, true});
+    else
+      P::spread(ds, p.rank, wide, p.width, here, cols, FinishInput<P, false>{dx, product, kept, p.width, p.accumulate});
   }
 }
 

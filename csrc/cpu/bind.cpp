@@ -28,8 +28,10 @@ Type type_of(const Tensor& tensor) {
 
 Rows rows_of(const Tensor& tensor, const char* name) {
   want_rows(tensor, name);
-  return {tensor.data_ptr(), type_of(tensor),  tensor.size(0),   tensor.size(1),
-          tensor.size(2),    tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  const bool samples = tensor.dim() == 3;
+  const int64_t t = samples, w = t + 1;
+  return {tensor.data_ptr(), type_of(tensor),  samples ? tensor.size(0) : 1,   tensor.size(t),
+          tensor.size(w),    samples ? tensor.stride(0) : 0, tensor.stride(t), tensor.stride(w)};
 }
 
 Thin thin_of(const Tensor& tensor, const char* name, ScalarType element, int64_t rows, int64_t cols, const Tensor& first) {
@@ -45,21 +47,26 @@ void* data_of(const Optional& tensor, const char* name, ScalarType dtype, int64_
 }
 
 Dropout dropout_of(const Optional& seed, int64_t below, double keep_scale) {
-  want(below >= 0 && below <= int64_t{1} << 24, "drop_below", std::to_string(below), "0 to 2^24");
+  want(below >= 0 && below <= int64_t{1} << 24, "drop_below", below, "0 to 2^24");
   if (below == 0) return {};
   want(seed.has_value(), "seed", "None", "a tensor where drop_below is not 0");
   want(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed", dtype_of(*seed), "one Long element");
   return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr())), below, keep_scale};
 }
 
-// Scratch of `size` accumulators of `like`'s elements.
-Tensor work_for(int64_t size, const Tensor& like) {
-  return torch::stable::new_empty(like, {size}, accumulator_of(like.scalar_type()));
+// Uninitialised, of one or two dimensions; not by torch::stable::new_empty, which looks its operator up by name.
+Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
+  const int64_t* sizes = shape.begin();
+  const int64_t strides[] = {shape.size() == 2 ? sizes[1] : 1, 1};
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), sizes, strides, type,
+                                                         aoti_torch_device_type_cpu(), -1, &made));
+  return Tensor(made);
 }
 
-Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
+// Scratch of `size` accumulators of `like`'s elements.
+Tensor work_for(int64_t size, const Tensor& like) { return empty({size}, accumulator_of(like.scalar_type())); }
 
 Shrink shrink_of(const Tensor& x, const Tensor& a, double scaling, const Dropout& dropout, const Optional& gain,
                  int64_t site, const Optional& delta, const Optional& mask) {
@@ -73,7 +80,7 @@ Shrink shrink_of(const Tensor& x, const Tensor& a, double scaling, const Dropout
   p.scaling = scaling;
   p.dropout = dropout;
   p.gain = data_of(gain, "gain", wide, p.x.width, x);
-  want(site >= 0 && site <= 2, "site", std::to_string(site), "0, 1 or 2");
+  want(site >= 0 && site <= 2, "site", site, "0, 1 or 2");
   want(site == 0 || (delta && mask), "delta and mask", "None", "tensors for an echo inside the adapter");
   p.site = static_cast<Site>(site);
   if (site == 0) return p;
@@ -85,7 +92,7 @@ Shrink shrink_of(const Tensor& x, const Tensor& a, double scaling, const Dropout
 Tensor shrink(const Tensor& x, const Tensor& a, double scaling, const Optional& seed, int64_t drop_below,
               double keep_scale, const Optional& gain, int64_t site, const Optional& delta, const Optional& mask) {
   Shrink p = shrink_of(x, a, scaling, dropout_of(seed, drop_below, keep_scale), gain, site, delta, mask);
-  const Tensor s = empty(x, {p.x.total(), p.rank}, a.scalar_type());
+  const Tensor s = empty({p.x.total(), p.rank}, a.scalar_type());
   p.s = s.data_ptr();
   p.s_type = type_of(a);
   if (p.x.total() == 0) return s;
@@ -98,16 +105,16 @@ Tensor shrink(const Tensor& x, const Tensor& a, double scaling, const Optional& 
 LinearEpilogue epilogue_of(const Tensor& s, const Tensor& b, const Optional& z, const Optional& base,
                            const Optional& gain, const Optional& bias, const Optional& delta, const Optional& mask,
                            const Tensor& y, bool store_z) {
-  want_rows(y, "y");
+  const Rows of_y = rows_of(y, "y");
   const ScalarType element = y.scalar_type(), wide = accumulator_of(element);
-  const int64_t rows = y.size(0) * y.size(1), width = y.size(2);
+  const int64_t rows = of_y.total(), width = of_y.width;
   want(s.dim() == 2, "s", shape_of(s), "2 dimensions");
   LinearEpilogue p{};
   p.rank = s.size(1);
   want_rank(s, "s", p.rank);
   want_dense(y, "y", element, rows * width, s);
-  p.samples = y.size(0);
-  p.per_sample = y.size(1);
+  p.samples = of_y.samples;
+  p.per_sample = of_y.per_sample;
   p.width = width;
   p.type = type_of(y);
   p.s = thin_of(s, "s", element, rows, p.rank, y);
@@ -143,7 +150,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& a, const Tensor& b, double 
   const Optional inner = site == 3 ? std::nullopt : delta, outer = site == 3 ? delta : std::nullopt;
   LinearForward p{};
   p.shrink = shrink_of(x, a, scaling, dropout, std::nullopt, site == 3 ? 0 : site, inner, mask);
-  const Tensor s = empty(x, {p.shrink.x.total(), p.shrink.rank}, a.scalar_type());
+  const Tensor s = empty({p.shrink.x.total(), p.shrink.rank}, a.scalar_type());
   p.shrink.s = s.data_ptr();
   p.shrink.s_type = type_of(a);
   p.epilogue = epilogue_of(s, b, z, base, gain, bias, outer, mask, y, store_z);
@@ -183,8 +190,9 @@ AdapterBackward adapter_of(const Tensor& dy, const Optional& s, const Tensor& b,
   p.gain = data_of(gain, "gain", wide, width, dy);
   p.z = data_of(z, "z", element, rows * width, dy);
   p.mask = data_of(mask, "mask", wide, rows, dy);
-  const auto result = [&](bool needed, Tensor* to, const std::vector<int64_t>& shape, ScalarType dtype) {
-    *to = empty(dy, needed ? shape : std::vector<int64_t>{0}, dtype);
+  const Tensor none = empty({0}, wide);
+  const auto result = [&](bool needed, Tensor* to, std::initializer_list<int64_t> shape, ScalarType dtype) {
+    *to = needed ? empty(shape, dtype) : none;
     return needed ? to->data_ptr() : nullptr;
   };
   p.ds = result(need_ds, &results->ds, {rows, p.rank}, b.scalar_type());
@@ -226,7 +234,7 @@ LoraABackward lora_a_of(const Tensor& x, const Tensor& ds, const Dropout& dropou
   want(!delta || mask, "mask", "None", "a tensor where delta is given");
   p.delta = data_of(delta, "delta", wide, p.x.samples * p.x.width, x);
   if (delta) p.mask = data_of(mask, "mask", wide, p.x.total(), x);
-  *da = empty(x, {p.rank, p.x.width}, wide);
+  *da = empty({p.rank, p.x.width}, wide);
   p.da = da->data_ptr();
   return p;
 }
@@ -244,13 +252,12 @@ Tensor lora_a_backward(const Tensor& x, const Tensor& ds, const Optional& seed, 
 
 InputEpilogue input_of(const Tensor& ds, const Tensor& a, const Optional& product, const Dropout& dropout,
                        bool accumulate, const Tensor& dx) {
-  want(dx.dim() == 2, "dx", shape_of(dx), "2 dimensions");
-  want_element(dx, "dx");
+  const Rows of_dx = rows_of(dx, "dx");
   want(ds.dim() == 2, "ds", shape_of(ds), "2 dimensions");
   const ScalarType element = dx.scalar_type();
   InputEpilogue p{};
-  p.total = dx.size(0);
-  p.width = dx.size(1);
+  p.total = of_dx.total();
+  p.width = of_dx.width;
   p.rank = ds.size(1);
   want_rank(ds, "ds", p.rank);
   want_dense(dx, "dx", element, p.total * p.width, ds);
@@ -286,10 +293,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   want(a || !dx, "a", "None", "a tensor where dx is given");
   if (x) want_rows_like(*x, "x", dy, "dy");
   if (dx) want_dtype(*dx, "dx", dy.scalar_type());
-  if (dx) want(dx->dim() == 2 && dx->size(0) == dy.size(0) * dy.size(1), "dx", shape_of(*dx), "as many rows as dy");
+  if (dx) want(rows_of(*dx, "dx").total() == rows_of(dy, "dy").total(), "dx", shape_of(*dx), "as many rows as dy");
   p.adapter = adapter_of(dy, s, b, scaling, gain, z, mask,
                          {need_ds || p.need_a || p.need_x, need_db, need_dbias, need_dgain, need_ddelta}, true, &results);
-  Tensor da = empty(dy, {0}, accumulator_of(dy.scalar_type()));
+  Tensor da = empty({0}, accumulator_of(dy.scalar_type()));
   if (x) p.lora_a = lora_a_of(*x, results.ds, dropout, delta, mask, &da);
   if (dx) p.input = input_of(results.ds, *a, product, dropout, true, *dx);
   if (dy.numel() == 0) {
@@ -327,10 +334,10 @@ std::tuple<Tensor, Tensor> dora_norm(const Tensor& weight, const Tensor& a, cons
   p.scaling = scaling;
   p.floor = p.wide ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
   p.magnitude = data_of(magnitude, "magnitude", wide, p.d_out, weight);
-  const Tensor norm = empty(weight, {p.d_out}, wide), gain = empty(weight, {magnitude ? p.d_out : 0}, wide);
+  const Tensor norm = empty({p.d_out}, wide), gain = empty({magnitude ? p.d_out : 0}, wide);
   p.norm = norm.data_ptr();
   p.gain = gain.data_ptr();
-  const Tensor work = empty(weight, {kernels().dora_norm_work(p)}, wide);
+  const Tensor work = empty({kernels().dora_norm_work(p)}, wide);
   p.work = work.data_ptr();
   kernels().dora_norm(p, parallel);
   return {norm, gain};
@@ -340,7 +347,7 @@ Tensor drop(const Tensor& x, const Tensor& seed, int64_t drop_below, double keep
   Drop p{};
   p.x = rows_of(x, "x");
   p.dropout = dropout_of(seed, drop_below, keep_scale);
-  const Tensor out = empty(x, {p.x.total(), p.x.width}, x.scalar_type());
+  const Tensor out = empty({p.x.total(), p.x.width}, x.scalar_type());
   p.out = out.data_ptr();
   kernels().drop(p, parallel);
   return out;

@@ -3,25 +3,32 @@
 
 #include "block.h"
 
+// On loops over a tile's sums: unless all of them are unrolled, the sums live in memory.
+#define ECHOLORA_UNROLL _Pragma("GCC unroll 24")
+
 namespace echolora {
 namespace ECHOLORA_ISA {
 
-// out[i][:] += sum_j x[i * stride_i + j * stride_j] thin[j][:] for ROWS rows of VECTORS vectors
-template <int ROWS, int VECTORS, class A, class Ahead>
-inline void gather_tile(const A* x, int64_t stride_i, int64_t stride_j, const A* thin, int64_t ld_thin, int64_t count,
-                        A* out, int64_t ld_out, Ahead* ahead) {
-  Vec<A> sums[ROWS][VECTORS] = {};
+// out[i][:] += sum_j x[i * STRIDE_I + j * STRIDE_J] thin[j][:] for ROWS rows of VECTORS vectors. The strides are constants
+// so that they are part of the instructions: as many as there are rows would not fit the registers.
+template <int ROWS, int VECTORS, int64_t STRIDE_I, int64_t STRIDE_J, class A, class Ahead>
+inline void gather_tile(const A* x, const A* thin, int64_t ld_thin, int64_t count, A* out, int64_t ld_out, Ahead* ahead) {
+  Vec<A> sums[ROWS][VECTORS];
+  ECHOLORA_UNROLL
+  for (int i = 0; i < ROWS; i++)
+    for (int v = 0; v < VECTORS; v++) sums[i][v] = Vec<A>{};
   const int64_t line = ahead->at;
   for (int64_t j = 0; j < count; j++) {
     ahead->ask(line + j);
     Vec<A> b_thin[VECTORS];
     for (int v = 0; v < VECTORS; v++) b_thin[v] = load(thin + j * ld_thin + v * LANES<A>);
     for (int i = 0; i < ROWS; i++) {
-      const Vec<A> b_x = splat(x[i * stride_i + j * stride_j]);
+      const Vec<A> b_x = splat(x[i * STRIDE_I + j * STRIDE_J]);
       for (int v = 0; v < VECTORS; v++) sums[i][v] += b_x * b_thin[v];
     }
   }
   ahead->at = line + count;
+  ECHOLORA_UNROLL
   for (int i = 0; i < ROWS; i++)
     for (int v = 0; v < VECTORS; v++) {
       A* to = out + i * ld_out + v * LANES<A>;
@@ -29,17 +36,17 @@ inline void gather_tile(const A* x, int64_t stride_i, int64_t stride_j, const A*
     }
 }
 
-template <int VECTORS, class A, class Ahead>
-inline void gather_some(const A* x, int64_t stride_i, int64_t stride_j, int64_t rows, const A* thin, int64_t ld_thin,
-                        int64_t count, A* out, int64_t ld_out, Ahead* ahead) {
+template <int VECTORS, int64_t STRIDE_I, int64_t STRIDE_J, class A, class Ahead>
+inline void gather_some(const A* x, int64_t rows, const A* thin, int64_t ld_thin, int64_t count, A* out, int64_t ld_out,
+                        Ahead* ahead) {
   constexpr int ROWS = VECTORS == 1 ? ACCUMULATORS / 3 * 2 : VECTORS == 2 ? ACCUMULATORS / 3 : ACCUMULATORS / VECTORS;
   int64_t i = 0;
   for (; i + ROWS <= rows; i += ROWS)
-    gather_tile<ROWS, VECTORS>(x + i * stride_i, stride_i, stride_j, thin, ld_thin, count, out + i * ld_out, ld_out, ahead);
+    gather_tile<ROWS, VECTORS, STRIDE_I, STRIDE_J>(x + i * STRIDE_I, thin, ld_thin, count, out + i * ld_out, ld_out, ahead);
   for (; i + 2 <= rows; i += 2)
-    gather_tile<2, VECTORS>(x + i * stride_i, stride_i, stride_j, thin, ld_thin, count, out + i * ld_out, ld_out, ahead);
+    gather_tile<2, VECTORS, STRIDE_I, STRIDE_J>(x + i * STRIDE_I, thin, ld_thin, count, out + i * ld_out, ld_out, ahead);
   if (i < rows)
-    gather_tile<1, VECTORS>(x + i * stride_i, stride_i, stride_j, thin, ld_thin, count, out + i * ld_out, ld_out, ahead);
+    gather_tile<1, VECTORS, STRIDE_I, STRIDE_J>(x + i * STRIDE_I, thin, ld_thin, count, out + i * ld_out, ld_out, ahead);
 }
 
 // One vector of finish(i, col, lanes, sums) for each of ROWS rows and VECTORS vectors: sums = sum_r thin[i][r] wide[r][:].
@@ -47,9 +54,13 @@ inline void gather_some(const A* x, int64_t stride_i, int64_t stride_j, int64_t 
 template <int ROWS, int VECTORS, class A, class Finish>
 inline void spread_tile(const A* thin, int64_t ld_thin, int64_t rank, const A* wide, int64_t ld_wide, int64_t row,
                         int64_t col, int64_t cols, const Finish& finish) {
-  Vec<A> sums[ROWS][VECTORS] = {};
+  Vec<A> sums[ROWS][VECTORS];
+  ECHOLORA_UNROLL
   for (int i = 0; i < ROWS; i++)
-    for (int v = 0; v < VECTORS; v++) finish.ahead(row + i, col + (VECTORS + v) * LANES<A>);
+    for (int v = 0; v < VECTORS; v++) {
+      finish.ahead(row + i, col + (VECTORS + v) * LANES<A>);
+      sums[i][v] = Vec<A>{};
+    }
   for (int64_t r = 0; r < rank; r++) {
     Vec<A> b_wide[VECTORS];
     for (int v = 0; v < VECTORS; v++) b_wide[v] = load(wide + r * ld_wide + col + v * LANES<A>);
@@ -58,6 +69,7 @@ inline void spread_tile(const A* thin, int64_t ld_thin, int64_t rank, const A* w
       for (int v = 0; v < VECTORS; v++) sums[i][v] += b_thin * b_wide[v];
     }
   }
+  ECHOLORA_UNROLL
   for (int i = 0; i < ROWS; i++)
     for (int v = 0; v < VECTORS; v++) {
       const int64_t at = col + v * LANES<A>;
@@ -117,13 +129,13 @@ struct Vectors {
   // sums[i][:] += sum_j block[i][j] packed[j][:]
   static void gather_rows(const Packed* block, int64_t rows, int64_t cols, const Packed* packed, int64_t padded, A* sums,
                           Ahead<E>* ahead) {
-    gather(block, BLOCK_COLS, 1, rows, packed, padded, cols, sums, ahead);
+    gather<BLOCK_COLS, 1>(block, rows, packed, padded, cols, sums, ahead);
   }
 
   // sums[j][:] += sum_i block[i][j] thin[i][:]
   static void gather_cols(const Packed* block, int64_t rows, int64_t cols, const Packed* thin, int64_t padded, A* sums,
                           Ahead<E>* ahead) {
-    gather(block, 1, BLOCK_COLS, cols, thin, padded, rows, sums, ahead);
+    gather<1, BLOCK_COLS>(block, cols, thin, padded, rows, sums, ahead);
   }
 
   // finish(i, col, lanes, sums) for every vector of thin [rows, rank] times wide [rank, cols]
@@ -143,20 +155,20 @@ struct Vectors {
   }
 
  private:
-  // out[i][:] += sum_j x[i * stride_i + j * stride_j] thin[j][:]
-  static void gather(const A* x, int64_t stride_i, int64_t stride_j, int64_t rows, const A* thin, int64_t padded,
-                     int64_t count, A* out, Ahead<E>* ahead) {
+  // out[i][:] += sum_j x[i * STRIDE_I + j * STRIDE_J] thin[j][:]
+  template <int64_t STRIDE_I, int64_t STRIDE_J>
+  static void gather(const A* x, int64_t rows, const A* thin, int64_t padded, int64_t count, A* out, Ahead<E>* ahead) {
     constexpr int MOST = ACCUMULATORS >= 24 ? 4 : 2;
     for (int64_t at = 0; at < padded;) {
       const int64_t left = (padded - at) / LANES<A>;
       if (left >= 4 && MOST >= 4) {
-        gather_some<MOST>(x, stride_i, stride_j, rows, thin + at, padded, count, out + at, padded, ahead);
+        gather_some<MOST, STRIDE_I, STRIDE_J>(x, rows, thin + at, padded, count, out + at, padded, ahead);
         at += MOST * LANES<A>;
       } else if (left >= 2) {
-        gather_some<2>(x, stride_i, stride_j, rows, thin + at, padded, count, out + at, padded, ahead);
+        gather_some<2, STRIDE_I, STRIDE_J>(x, rows, thin + at, padded, count, out + at, padded, ahead);
         at += 2 * LANES<A>;
       } else {
-        gather_some<1>(x, stride_i, stride_j, rows, thin + at, padded, count, out + at, padded, ahead);
+        gather_some<1, STRIDE_I, STRIDE_J>(x, rows, thin + at, padded, count, out + at, padded, ahead);
         at += LANES<A>;
       }
     }

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "../check.h"
 #include "echolora_cuda.h"
@@ -47,7 +48,7 @@ void* dense(const Tensor& t, const char* name, const Shape& shape, ScalarType ty
   want_shape(t, name, shape);
   want_dtype(t, name, type);
   want_same_device(t, name, like);
-  want(t.is_contiguous(), name, "strides " + text_of(t.strides()), "a contiguous tensor");
+  want(t.is_contiguous(), name, strides_of(t), "a contiguous tensor");
   return t.data_ptr();
 }
 

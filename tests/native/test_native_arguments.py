@@ -95,7 +95,10 @@ def test_mixed_dtypes_are_refused_or_right(operator):
 
 @pytest.mark.parametrize(("operator", "name"), TENSORS)
 def test_another_shape(operator, name):
-    for change in (lambda t: t[0] if t.dim() > 1 else t.repeat(2), lambda t: t.repeat(*[1] * (t.dim() - 1), 2)):
+    # a dimension more or less (rows may have two or three), or twice the width
+    changes = (lambda t: t[None] if t.dim() == 3 else t[0] if t.dim() > 1 else t.repeat(2),
+               lambda t: t.repeat(*[1] * (t.dim() - 1), 2))  # fmt: skip
+    for change in changes:
         arguments = make(operator)
         arguments[name] = change(arguments[name])
         if (operator, name) in SAYS_ITS_WIDTH and arguments[name].dim() == make(operator)[name].dim():

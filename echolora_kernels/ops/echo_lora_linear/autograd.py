@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from .checks import check_group
+from .checks import check_arguments
 from .dropout import Dropout
 from .echo import Echo
 from .kernels import load
@@ -115,9 +116,9 @@ def echo_lora_linear(
         BackendUnavailable: x is on a device that these kernels do not run on.
         TypeError, ValueError: an argument does not fit, or asks for a gradient that these kernels do not have.
     """
+    check_arguments(x, weight, bias, lora_a, lora_b, dropout_p, magnitude, echo, dora_dropout)
+    x, (weight,) = under_autocast(x, (weight,))
     only = Projection(weight, bias, lora_a, lora_b, scaling, magnitude, echo)
-    check_group(x, [only], dropout_p, dora_dropout)
-    x, (weight,) = under_autocast(x, [weight])
     check_limits(backend, x, only, dropout_p, dora_dropout)
     return apply(backend, x, weight, only, Dropout.draw(dropout_p, x.device, dora_dropout))
 
@@ -139,7 +140,7 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def under_autocast(x: torch.Tensor, weights: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def under_autocast(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """x and the weights in autocast's dtype where autocast is on."""
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:

@@ -11,13 +11,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ...errors import BackendUnavailable
 from .dropout import Dropout
 from .echo import Echo
 from .kernels import AdapterGradients
 from .projection import Projection
-from .rows import accumulator_dtype, one_sample
+from .rows import accumulator_dtype
 
 _SITES = {"none": 0, "adapter_input": 1, "rank": 2, "output": 3}
 
@@ -101,12 +102,13 @@ class CompiledKernels:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """F2; see `Kernels`."""
         wide = accumulator_dtype(x.dtype)
-        y, rows, z, base = self._products(x, weight, gain, dropout, store_z, shape)
+        y, z, base = self._products(x, weight, gain, dropout, store_z)
+        z, base = z.flatten(0, -2), None if base is None else base.flatten(0, -2)
         _operators().linear_epilogue.default(
             s, _thin(lora_b, x.dtype), z, base, _dense(gain, wide), _dense(bias, wide), _dense(delta, wide),
-            _dense(mask, wide), rows, store_z and not self.fused,
+            _dense(mask, wide), y, store_z and not self.fused,
         )  # fmt: skip
-        return y, z if store_z else None
+        return _shaped(y, shape), z if store_z else None
 
     def linear_forward(
         self,
@@ -125,13 +127,13 @@ class CompiledKernels:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """F1 and F2; see `Kernels`."""
         wide = accumulator_dtype(x.dtype)
-        y, rows, z, base = self._products(x, weight, gain, dropout, store_z, shape)
+        y, z, base = self._products(x, weight, gain, dropout, store_z)
         site, delta, mask = (0, None, None) if echo is None else (_SITES[echo.site], echo.delta, echo.mask)
         s = _operators().linear_forward.default(
             x, _thin(lora_a, x.dtype), _thin(lora_b, x.dtype), scaling, *_drawn(dropout), site, _dense(delta, wide),
-            _dense(mask, wide), z, base, _dense(gain, wide), _dense(bias, wide), rows, False,
+            _dense(mask, wide), z, base, _dense(gain, wide), _dense(bias, wide), y, False,
         )  # fmt: skip
-        return s, y, z if store_z else None
+        return s, _shaped(y, shape), z.flatten(0, -2) if store_z else None
 
     def _products(
         self,
@@ -140,21 +142,15 @@ class CompiledKernels:
         gain: torch.Tensor | None,
         dropout: Dropout,
         store_z: bool,
-        shape: tuple[int, ...],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """y and its rows, for the epilogue; the product of what the gain applies to; and of x where that is another."""
-        y = x.new_empty(shape)
-        flat, transposed, base = _flat(x), weight.t(), None
-        z = y.view(x.shape[0] * x.shape[1], weight.shape[0])
-        rows = y.view(x.shape[0], x.shape[1], weight.shape[0])
-        if store_z:
-            z = torch.empty_like(z)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """y, for the epilogue to write; the product of what the gain applies to; and of x where that is another."""
+        base = None
         with _without_autocast(x):
             if gain is not None and dropout.on_base:
-                base = torch.mm(flat, transposed)
-                flat = _operators().drop.default(x, *_drawn(dropout))
-            torch.mm(flat, transposed, out=z)
-        return y, rows, z, base
+                base = F.linear(x, weight)
+                x = _operators().drop.default(x, *_drawn(dropout)).view(x.shape)
+            z = F.linear(x, weight)
+        return torch.empty_like(z) if store_z else z, z, base
 
     def adapter_backward(
         self,
@@ -265,6 +261,8 @@ class CompiledKernels:
         dropout: Dropout,
     ) -> torch.Tensor:
         dx, of_dropped = self._input_products(dys, weights, gains, dropout)
+        dx = dx.flatten(0, -2)
+        of_dropped = None if of_dropped is None else of_dropped.flatten(0, -2)
         _operators().input_epilogue.default(ds, _thin(lora_a, dx.dtype), of_dropped, *_drawn(dropout), True, dx)
         return dx
 
@@ -280,11 +278,10 @@ class CompiledKernels:
         of_dropped: torch.Tensor | None = None
         with _without_autocast(dys[0]):
             for dy, weight, gain in zip(dys, weights, gains, strict=True):
-                flat = _flat(dy)
                 if gain is not None and dropout.on_base:
-                    of_dropped = _add_product(of_dropped, flat, weight, gain - 1)
+                    of_dropped = _add_product(of_dropped, dy, weight, gain - 1)
                     gain = None
-                dx = _add_product(dx, flat, weight, gain)
+                dx = _add_product(dx, dy, weight, gain)
         assert dx is not None
         return dx, of_dropped
 
@@ -293,11 +290,15 @@ def _add_product(
     to: torch.Tensor | None, dy: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor | None
 ) -> torch.Tensor:
     """to + (gain * dy) W0; the gain goes on the smaller of the two."""
-    if gain is not None and len(dy) < weight.shape[1]:
+    if gain is not None and dy.numel() < weight.numel():
         dy = (dy * gain).to(dy.dtype)
     elif gain is not None:
         weight = (weight * gain.unsqueeze(1)).to(weight.dtype)
-    return torch.mm(dy, weight) if to is None else torch.addmm(to, dy, weight, out=to)
+    if to is None:
+        return torch.matmul(dy, weight)
+    rows = to.flatten(0, -2)
+    torch.addmm(rows, dy.reshape(len(rows), -1), weight, out=rows)
+    return to
 
 
 def _needed(sums: Sequence[torch.Tensor], needs: Sequence[bool]) -> AdapterGradients:
@@ -309,9 +310,9 @@ def _operators() -> Any:
     return torch.ops.echolora
 
 
-def _flat(rows: torch.Tensor) -> torch.Tensor:
-    """[n, T, width] as [n * T, width], copied only where the strides forbid a view."""
-    return one_sample(rows).reshape(rows.shape[0] * rows.shape[1], rows.shape[2])
+def _shaped(y: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """y in that shape, and no view, which autograd would not let the caller overwrite."""
+    return y if y.shape == shape else torch.ops.aten._unsafe_view.default(y, shape)
 
 
 def _dense(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

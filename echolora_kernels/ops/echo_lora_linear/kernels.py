@@ -127,7 +127,7 @@ class Kernels(Protocol):
         store_z: bool,
         shape: tuple[int, ...],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """`shrink` and `linear_product`: S, y and z. Only where `fused`."""
+        """`shrink` and `linear_product`: S, y and z. Only where `fused`; x may be [M, K] too."""
 
     def linear_backward(
         self,
@@ -158,7 +158,7 @@ class Kernels(Protocol):
             lora_dtype: of dA.
 
         Returns:
-            The sums, dA [r, K] and dX [M, K].
+            The sums, dA [r, K] and dX in dY's shape. dY and x may be [M, width] too.
         """
 
     def adapter_backward(
@@ -248,8 +248,17 @@ class Kernels(Protocol):
         """
 
 
+_loaded: dict[str, Kernels] = {}
+
+
 def load(backend: str) -> Kernels:
     """The kernels of "triton", "cpp" or "cuda"; imports what they need."""
+    if backend not in _loaded:  # an import statement costs microseconds each time, several times a layer
+        _loaded[backend] = _imported(backend)
+    return _loaded[backend]
+
+
+def _imported(backend: str) -> Kernels:
     # statements, which torch.compile can trace
     if backend == "triton":
         from . import triton_kernels

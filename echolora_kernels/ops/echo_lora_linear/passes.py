@@ -52,7 +52,7 @@ def forward_pass(
     """F1 and F2, and D0 for DoRA."""
     if math.prod(x.shape[:-1]) == 0:
         return ForwardResult(x.new_empty((*x.shape[:-1], weight.shape[0])), None, None, None, None)
-    rows = as_rows(x)
+    rows = kernels_rows(kernels, x)
     norm = gain = None
     if magnitude is not None:
         norm, gain = kernels.dora_norm(weight, lora_a, lora_b, scaling, magnitude)
@@ -133,8 +133,8 @@ def backward_pass(
         ]
     need_x, need_weight, need_bias, need_a, need_b, need_magnitude, need_delta = needs
     inner_delta = need_delta and site != "output"
-    dy_rows = as_rows(dy)
-    rows: Maybe = as_rows(x) if need_a or need_weight else None
+    dy_rows = kernels_rows(kernels, dy)
+    rows: Maybe = kernels_rows(kernels, x) if need_a or need_weight else None
     dx: Maybe = None
     da: Maybe = None
     dweight: Maybe = None
@@ -179,7 +179,14 @@ def backward_pass(
     dbias, db, dmagnitude, ddelta = from_sums(sums, lora_a, mask, out.norm, site, kinds[2:], inner_delta)
     if need_weight:
         dweight = _weight_gradient(dy_rows, rows, out.gain).to(kinds[1][1])
-    return [None if dx is None else dx.view(kinds[0][0]), dweight, dbias, da, db, dmagnitude, ddelta]
+    if dx is not None and dx.shape != kinds[0][0]:
+        dx = dx.view(kinds[0][0])
+    return [dx, dweight, dbias, da, db, dmagnitude, ddelta]
+
+
+def kernels_rows(kernels: Kernels, tensor: torch.Tensor) -> torch.Tensor:
+    """[..., width] as [n, T, width]; kernels that are `fused` also take [M, width]."""
+    return tensor if kernels.fused and tensor.ndim == 2 else as_rows(tensor)
 
 
 def from_sums(
