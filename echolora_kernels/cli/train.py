@@ -63,7 +63,7 @@ def train(
     kd_weight: Annotated[float, Option(help="Weight of the distillation.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["kd_weight"],
     kd_temperature: Annotated[float, Option(help="Temperature of the distillation.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["kd_temperature"],
     kd_detach: Annotated[str, Option(help="on, none or off: the side of the KL without gradient.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["kd_detach"],
-    step_mode: Annotated[str, Option(help="auto, shared or two-pass.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["step_mode"],
+    step_mode: Annotated[str, Option(help="auto, shared, packed or two-pass.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["step_mode"],
     seed: Annotated[int, Option(help="Of data, initial values, dropout and routing.", rich_help_panel=_RUN)] = _DEFAULT["seed"],
     dtype: Annotated[str, Option(help="float32 or bfloat16.", rich_help_panel=_RUN)] = _DEFAULT["dtype"],
     device: Annotated[str, Option(help="cpu, cuda, cuda:N or auto.", rich_help_panel=_RUN)] = _DEFAULT["device"],

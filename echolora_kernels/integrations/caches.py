@@ -13,14 +13,22 @@ from torch import nn
 
 def why_no_cache(model: nn.Module) -> str | None:
     """None where `model` can run in parts that attend to earlier ones, else the reason why it cannot."""
+    reason = why_not_in_parts(model)
+    if reason is None and not {"cache", "past_key_values"} & set(
+        inspect.signature(inner_model(model).forward).parameters
+    ):
+        reason = f"{type(inner_model(model)).__name__} takes no cache"
+    return reason
+
+
+def why_not_in_parts(model: nn.Module) -> str | None:
+    """None where `model` computes the same of a token wherever it stands, given its position, else the reason."""
     transformers = sys.modules.get("transformers")
-    inner = _inner(model)
+    inner = inner_model(model)
     if transformers is None or not isinstance(inner, transformers.PreTrainedModel):
         return f"{type(inner).__name__} is no transformers model, whose keys and values could be kept"
-    accepted = inspect.signature(inner.forward).parameters
-    missing = {"position_ids", "logits_to_keep"} - set(accepted)
-    if missing or not {"cache", "past_key_values"} & set(accepted):
-        return f"{type(inner).__name__} does not take position_ids, logits_to_keep and a cache"
+    if not {"position_ids", "logits_to_keep"} <= set(inspect.signature(inner.forward).parameters):
+        return f"{type(inner).__name__} does not take position_ids and logits_to_keep"
     if getattr(inner, "_is_stateful", False):
         return f"{type(inner).__name__} keeps a state that is more than keys and values"
     config = inner.config.get_text_config()
@@ -38,7 +46,7 @@ def run_with_cache(
     Args:
         ids, positions: [N, W]. mask: [N, cached + W], bool; where a token is real.
     """
-    name = "cache" if "cache" in inspect.signature(_inner(model).forward).parameters else "past_key_values"
+    name = "cache" if "cache" in inspect.signature(inner_model(model).forward).parameters else "past_key_values"
     output = model(
         input_ids=ids,
         attention_mask=mask.long(),
@@ -87,7 +95,7 @@ def _repeated(states: torch.Tensor, times: int) -> torch.Tensor:
     return states if times == 1 else states.repeat(times, 1, 1, 1)
 
 
-def _inner(model: nn.Module) -> Any:
+def inner_model(model: nn.Module) -> Any:
     """The transformers model inside a PEFT model, or `model` itself."""
     get_base_model: Any = getattr(model, "get_base_model", None)
     return model if get_base_model is None else get_base_model()

@@ -15,6 +15,20 @@ if TYPE_CHECKING:
     from .model import EchoLoRA
 
 
+def why_not_cut(echo_lora: EchoLoRA, extra: dict[str, Any]) -> str | None:
+    """None where a batch may be cut at its boundaries, else the reason why not.
+
+    Args:
+        extra: keyword arguments for the model, beside input_ids and attention_mask.
+    """
+    if not echo_lora.echo_config.answer_mask:
+        return "answer_mask is False: the echo changes the prompts too"
+    unknown = sorted(set(extra) - {"use_cache"})
+    if unknown:
+        return f"the model is given {', '.join(unknown)}, which would have to be cut at the boundaries too"
+    return None
+
+
 def recording_of(echo_lora: EchoLoRA, b: torch.Tensor) -> Any:
     """A context that records the boundary states at positions b, [N], on a routed step, and nothing on others."""
     config = echo_lora.echo_config

@@ -11,7 +11,7 @@ from typing import Any
 from ..ops.echo_distillation import KD_DETACH
 from ..ops.echo_lora_linear import SITES
 
-STEP_MODES = ("auto", "two-pass", "shared")
+STEP_MODES = ("auto", "two-pass", "shared", "packed")
 SOURCE_POOLINGS = ("mean", "last")
 DORA_ECHOES = ("outside", "inside")
 
@@ -45,7 +45,9 @@ class EchoConfig:
         seed: of the routing draws; equal on every rank.
         step_mode: "two-pass" runs the batch OFF, then ON. "shared" runs the prompts once and then the answers of both
             branches together: the same losses and gradients (with dropout, one mask for the shared prompt), for models
-            of transformers without gradient checkpointing. "auto" takes "shared" where it can (O).
+            of transformers without gradient checkpointing. "packed" runs prompt and both branches' answers as one
+            row, after a pass over the prompts that keeps no graph: the same again, with gradient checkpointing too.
+            "auto" takes the first of "shared", "packed" and "two-pass" that can be done (O).
 
     Raises:
         TypeError, ValueError: a field is out of range; the message names it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,18 @@ from ..layers.network import EchoNetwork
 from .config import EchoConfig
 from .inject import Injector
 from .output import EchoLoRAOutput
+from .packed import packed_step, why_not_packed
 from .route import echo_probability, routed
 from .shared import shared_step, why_not_shared
 from .two_pass import two_pass_step
 
 _log = logging.getLogger(__name__)
+
+# the forms of a step beside the two-pass one, in the order of choice: why not, and the step itself
+_FORMS: dict[str, tuple[Callable[..., str | None], Callable[..., Any]]] = {
+    "shared": (why_not_shared, shared_step),
+    "packed": (why_not_packed, packed_step),
+}
 
 
 class EchoLoRA(nn.Module):
@@ -65,7 +72,8 @@ class EchoLoRA(nn.Module):
         self.source_blocks = [blocks[layer] for layer in self.source_layers]
         self.injector = Injector(targets, [blocks[layer] for layer in self.target_layers])
         self._echo_off = self._removed = False
-        self._warned_unsupervised = self._warned_skipped = self._told_two_pass = False
+        self._warned_unsupervised = self._warned_skipped = False
+        self._told_forms: set[str] = set()
         self.train(model.training)
 
     def forward(
@@ -92,8 +100,8 @@ class EchoLoRA(nn.Module):
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
-            RuntimeError: after `remove()`, while a target's adapter is disabled or merged, or where step_mode "shared"
-                cannot be done.
+            RuntimeError: after `remove()`, while a target's adapter is disabled or merged, or where the step_mode that
+                was asked for cannot be done.
         """
         if self._removed:
             raise RuntimeError("this EchoLoRA was removed; use the model that remove() returned")
@@ -111,8 +119,9 @@ class EchoLoRA(nn.Module):
             kwargs.setdefault("use_cache", False)
 
         logits: torch.Tensor | None = None
-        if self._takes_shared_step(kwargs):
-            losses, skipped = shared_step(self, input_ids, labels, attention_mask, num_items_in_batch)
+        form = self._form_of_step(kwargs)
+        if form is not None:
+            losses, skipped = form(self, input_ids, labels, attention_mask, num_items_in_batch)
         else:
 
             def run_model() -> torch.Tensor:
@@ -173,20 +182,29 @@ class EchoLoRA(nn.Module):
                 raise
             return getattr(self.model, name)  # config, generate, device, ...: as on the plain model
 
-    def _takes_shared_step(self, extra: dict[str, Any]) -> bool:
-        """Whether this step is the shared one; "auto" says once why it is not."""
+    def _form_of_step(self, extra: dict[str, Any]) -> Callable[..., Any] | None:
+        """The form this step takes, None for the two-pass one; "auto" says once which and why."""
         mode = self.echo_config.step_mode
         if mode == "two-pass":
-            return False
-        reason = why_not_shared(self, extra)
-        if reason is None:
-            return True
-        if mode == "shared":
-            raise RuntimeError(f"step_mode: got 'shared', which cannot be done: {reason}")
-        if not self._told_two_pass:
-            self._told_two_pass = True
-            _log.info("Echo-LoRA runs its batches twice (step_mode two-pass): %s", reason)
-        return False
+            return None
+        reasons: list[str] = []
+        for name, (why_not, form) in _FORMS.items():
+            if mode not in ("auto", name):
+                continue
+            reason = why_not(self, extra)
+            if reason is None:
+                self._tell_form(name, reasons)
+                return form
+            if mode == name:
+                raise RuntimeError(f"step_mode: got {mode!r}, which cannot be done: {reason}")
+            reasons.append(f"not {name}, since {reason}")
+        self._tell_form("two-pass", reasons)
+        return None
+
+    def _tell_form(self, name: str, reasons: list[str]) -> None:
+        if name not in self._told_forms:
+            self._told_forms.add(name)
+            _log.info("Echo-LoRA takes %s steps%s", name, "".join(f"; {reason}" for reason in reasons))
 
     def _check_active(self) -> None:
         for target in self.targets.values():

@@ -14,7 +14,7 @@ import torch
 from ..integrations.caches import new_cache, repeated_cache, run_with_cache, why_no_cache
 from ..losses import EchoLosses
 from ..ops.echo_lora_linear import Echo
-from .branches import echoes_of, losses_of, recording_of
+from .branches import echoes_of, losses_of, recording_of, why_not_cut
 from .collect import boundaries
 from .split import split
 
@@ -28,13 +28,11 @@ def why_not_shared(echo_lora: EchoLoRA, extra: dict[str, Any]) -> str | None:
     Args:
         extra: keyword arguments for the model, beside input_ids and attention_mask.
     """
-    if not echo_lora.echo_config.answer_mask:
-        return "answer_mask is False: the echo changes the prompts too"
+    reason = why_not_cut(echo_lora, extra)
+    if reason is not None:
+        return reason
     if echo_lora.injector.checkpointing():
         return "gradient checkpointing keeps no keys and values"
-    unknown = sorted(set(extra) - {"use_cache"})
-    if unknown:
-        return f"the model is given {', '.join(unknown)}, which would have to be cut at the boundaries too"
     return why_no_cache(echo_lora.model)
 
 

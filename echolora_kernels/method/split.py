@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,17 @@ class Part:
     @property
     def width(self) -> int:
         return self.ids.shape[1]
+
+    def without_last(self) -> Part:
+        """All columns but the last."""
+        return Part(self.ids[:, :-1], self.mask[:, :-1], self.positions[:, :-1])
+
+    @staticmethod
+    def joined(parts: Sequence[Part]) -> Part:
+        """The parts side by side."""
+        return Part(
+            *(torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("ids", "mask", "positions"))
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The shared step against the two-pass form: the same losses and gradients, and when it is not taken."""
+"""The shared and the packed step against the two-pass form: the same losses and gradients, and when each is taken."""
 
 import dataclasses
 import logging
@@ -11,6 +11,7 @@ from torch import nn
 from echolora_kernels import EchoLoRA, EchoLoRALinear
 from echolora_kernels.ops.echo_lora_linear import SITES
 
+FORMS = pytest.mark.parametrize("form", ["shared", "packed"])
 LOSSES = ("loss", "loss_off", "loss_on", "loss_kd")
 
 
@@ -23,9 +24,16 @@ def step(model, mode, data, **options):
     return output, gradients(model)
 
 
-def assert_same_step(model, data, tolerance=2e-6, **options):
-    """float32 norms inside float64 models leave about 1e-7."""
-    (want, want_grads), (got, got_grads) = (step(model, mode, data, **options) for mode in ("two-pass", "shared"))
+def checkpoint(model, use_reentrant):
+    model.model.enable_input_require_grads()
+    model.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+
+
+def assert_same_step(form, model, data, tolerance=2e-6, prepare=lambda model: None, **options):
+    """float32 norms inside float64 models leave about 1e-7. `prepare` changes the model between the two."""
+    want, want_grads = step(model, "two-pass", data, **options)
+    prepare(model)
+    got, got_grads = step(model, form, data, **options)
     for name in LOSSES:
         assert (got[name] is None) == (want[name] is None)
         if want[name] is not None:
@@ -42,12 +50,34 @@ def assert_same_step(model, data, tolerance=2e-6, **options):
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", ["peft", "native"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family, kind, dora, side):
+@FORMS
+def test_every_family(form, family, kind, dora, side):
     torch.manual_seed(0)
-    assert_same_step(echo_model(kind, family=family, dora=dora), batch(side))
+    assert_same_step(form, echo_model(kind, family=family, dora=dora), batch(side))
 
 
-def test_plain_rotary_positions_are_exact_in_float64():
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("site", SITES)
+def test_checkpointing_in_every_family(site, family, use_reentrant):
+    """The packed step's recomputation sees the echo of its own pass."""
+    torch.manual_seed(0)
+    model = echo_model(family=family, config=always_on(site=site))
+    runs = []
+    norms = [module for name, module in model.named_modules() if name.endswith("layers.3.input_layernorm")]
+    norms[0].register_forward_hook(lambda module, args, output: runs.append(torch._C._current_graph_task_id() != -1))
+    assert_same_step("packed", model, batch(), prepare=lambda model: checkpoint(model, use_reentrant))
+    assert runs == [
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]  # OFF and ON; prompts, row, and the row again in its backward pass
+
+
+@FORMS
+def test_plain_rotary_positions_are_exact_in_float64(form):
     """With norms in float64 nothing but the order of sums is left."""
     torch.manual_seed(0)
     model = echo_model()
@@ -57,7 +87,7 @@ def test_plain_rotary_positions_are_exact_in_float64():
         if type(module).__name__ == "LlamaRotaryEmbedding":
             module.inv_freq = module.inv_freq.double()
     data = batch()
-    (want, want_grads), (got, got_grads) = (step(model, mode, data) for mode in ("two-pass", "shared"))
+    (want, want_grads), (got, got_grads) = (step(model, mode, data) for mode in ("two-pass", form))
     assert abs(got.loss - want.loss) < 1e-12 * want.loss.abs()
     for name, gradient in want_grads.items():
         assert (got_grads[name] - gradient).abs().max() < 1e-9 * gradient.abs().max(), name
@@ -69,71 +99,83 @@ def test_plain_rotary_positions_are_exact_in_float64():
     {"target_modules": ("q_proj", "up_proj")}, {"source_layers": (5,), "target_layers": (0, 1, 2)},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("kind", ["peft", "native"])
-def test_every_choice_of_the_method(kind, choices):
+@FORMS
+def test_every_choice_of_the_method(form, kind, choices):
     torch.manual_seed(0)
     model = echo_model(kind, always_on(**choices), dora="dora_echo" in choices)
-    assert_same_step(model, batch())
+    if form == "packed" and choices.get("detach_source") is False:
+        with pytest.raises(RuntimeError, match="got 'packed', which cannot be done: detach_source is False"):
+            step(model, form, batch())
+    else:
+        assert_same_step(form, model, batch())
 
 
 @pytest.mark.parametrize("lengths", [
     [(1, 1)], [(1, 5), (1, 2)], [(12, 1), (1, 9)], [(7, 7)], [(3, 2), (3, 2), (3, 2)],
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_any_mix_of_lengths(lengths, attention):
+@FORMS
+def test_any_mix_of_lengths(form, lengths, attention):
     torch.manual_seed(0)
     # eager attention's float32 softmax turns fully padded float64 rows into NaN
     dtype, tolerance = (torch.float64, 2e-6) if attention == "sdpa" else (torch.float32, 2e-5)
     model = echo_model(dtype=dtype, attn_implementation=attention)
-    assert_same_step(model, pad([sample(*pair) for pair in lengths]), tolerance)
+    assert_same_step(form, model, pad([sample(*pair) for pair in lengths]), tolerance)
 
 
-def test_several_supervised_spans_and_a_tail():
+@FORMS
+def test_several_supervised_spans_and_a_tail(form):
     """Everything from the first supervised token on is answer; the mask decides what gets the echo and the loss."""
     torch.manual_seed(0)
     samples = [sample(4, 9), sample(3, 6)]
     for _, labels in samples:
         labels[6:8] = [-100, -100]
     samples[0][1][-2:] = [-100, -100]
-    assert_same_step(echo_model(), pad(samples, length=15))
+    assert_same_step(form, echo_model(), pad(samples, length=15))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_samples_without_supervision(side):
+@FORMS
+def test_samples_without_supervision(form, side):
     torch.manual_seed(0)
-    assert_same_step(echo_model(), pad([sample(5, 3), sample(9, 0), sample(4, 2)], side))
+    assert_same_step(form, echo_model(), pad([sample(5, 3), sample(9, 0), sample(4, 2)], side))
 
 
-def test_a_batch_without_supervision():
+@FORMS
+def test_a_batch_without_supervision(form):
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="no supervised token"):
-        output, found = step(echo_model(), "shared", pad([sample(5, 0), sample(3, 0)]))
+        output, found = step(echo_model(), form, pad([sample(5, 0), sample(3, 0)]))
     assert output.loss == 0 and all(not gradient.any() for gradient in found.values())
 
 
-def test_no_attention_mask_and_a_divisor():
+@FORMS
+def test_no_attention_mask_and_a_divisor(form):
     torch.manual_seed(0)
     data = pad([sample(5, 3), sample(6, 2)])
     del data["attention_mask"]
-    assert_same_step(echo_model(), data, num_items_in_batch=11)
+    assert_same_step(form, echo_model(), data, num_items_in_batch=11)
 
 
-def test_a_step_that_is_not_routed():
+@FORMS
+def test_a_step_that_is_not_routed(form):
     torch.manual_seed(0)
     model = echo_model(config=always_on(echo_start_probability=0.0, echo_end_probability=0.0))
     data = batch()
-    output, found = step(model, "shared", data)
+    output, found = step(model, form, data)
     want, wanted = step(model, "two-pass", data)
     assert not output.routed and output.loss_on is None
     torch.testing.assert_close(output.loss, want.loss)
     assert found.keys() == wanted.keys() and not any("echo_networks" in name for name in found)
 
 
-def test_autocast():
+@FORMS
+def test_autocast(form):
     torch.manual_seed(0)
     model = echo_model(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         data = batch()
-        (want, _), (got, _) = (step(model, mode, data) for mode in ("two-pass", "shared"))
+        (want, _), (got, _) = (step(model, mode, data) for mode in ("two-pass", form))
     torch.testing.assert_close(got.loss, want.loss, rtol=0.02, atol=0.02)
 
 
@@ -162,31 +204,43 @@ def test_prompts_run_once_and_logits_are_those_of_answers(site):
     assert rows == [(2, 1), (4, 3)]
 
 
-def test_checkpointing_and_the_rest_take_the_two_pass_form(caplog):
+def test_auto_takes_the_first_form_that_can_be_done_and_says_so_once(caplog):
     torch.manual_seed(0)
     model = echo_model(config=always_on(step_mode="auto"))
-    assert model(**batch()).logits is None
-    model.model.enable_input_require_grads()
-    model.model.get_base_model().gradient_checkpointing_enable()
     with caplog.at_level(logging.INFO):
+        model(**batch())
+        checkpoint(model, False)
+        model(**batch())
+        model.echo_config = dataclasses.replace(model.echo_config, answer_mask=False)
         assert model(**batch()).logits is not None
         assert model(**batch()).logits is not None
-    told = [record.message for record in caplog.records if "two-pass" in record.message]
-    assert len(told) == 1 and "checkpointing" in told[0]
-    model.echo_config = dataclasses.replace(model.echo_config, step_mode="shared")
+    told = [record.message for record in caplog.records if "Echo-LoRA takes" in record.message]
+    shared, packed, two_pass = told
+    assert shared == "Echo-LoRA takes shared steps"
+    assert packed == "Echo-LoRA takes packed steps; not shared, since gradient checkpointing keeps no keys and values"
+    assert two_pass.startswith("Echo-LoRA takes two-pass steps; not shared, since answer_mask is False")
+    model.echo_config = dataclasses.replace(model.echo_config, step_mode="shared", answer_mask=True)
     with pytest.raises(RuntimeError, match="step_mode: got 'shared', which cannot be done: gradient checkpointing"):
         model(**batch())
 
 
-def test_reasons_for_the_two_pass_form():
+@FORMS
+def test_reasons_for_the_two_pass_form(form):
     def refusal(model, **extra):
-        with pytest.raises(RuntimeError, match="step_mode: got 'shared'") as error:
+        with pytest.raises(RuntimeError, match=f"step_mode: got '{form}'") as error:
             model(**batch(), **extra)
         return str(error.value)
 
-    assert "answer_mask" in refusal(echo_model(config=always_on(step_mode="shared", answer_mask=False)))
+    assert "answer_mask" in refusal(echo_model(config=always_on(step_mode=form, answer_mask=False)))
     positions = torch.arange(10).expand(3, -1)
-    assert "position_ids" in refusal(echo_model(config=always_on(step_mode="shared")), position_ids=positions)
+    assert "position_ids" in refusal(echo_model(config=always_on(step_mode=form)), position_ids=positions)
+
+
+def test_attention_without_masks_of_our_own():
+    model = echo_model(config=always_on(step_mode="packed"))
+    model.model.get_base_model().config._attn_implementation = "flash_attention_2"
+    with pytest.raises(RuntimeError, match="flash_attention_2 attention takes no mask"):
+        model(**batch())
 
 
 class Plain(nn.Module):
