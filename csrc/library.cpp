@@ -60,6 +60,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(echolora, m) {
   m.def("dora_norm(Tensor weight, Tensor a, Tensor b, float scaling, Tensor? magnitude) -> (Tensor, Tensor)");
   // drop(x): [M, K], contiguous, in x's dtype.
   m.def("drop(Tensor x, Tensor seed, int drop_below, float keep_scale) -> Tensor");
+  // Over the rows of logits [n, T, V] whose target [n T] is not -100, with p = softmax(on / temperature) and
+  // q = softmax(off / temperature): the sums of CE(off), CE(on) and KL(p || q), [3], and what the backward pass wants
+  // to know of each row, [n T, 7] (CPU alone). Where scales is given also the gradient, as distillation_backward.
+  m.def(
+      "distillation(Tensor off, Tensor? on, Tensor targets, float temperature, Tensor? scales, bool off_learns, "
+      "bool on_learns, Tensor(a!)? d_off, Tensor(b!)? d_on) -> (Tensor, Tensor)");
+  // d_off and d_on, each where given: the gradient of scales . sums; they may be off and on themselves. off_learns and
+  // on_learns: whether the divergence has a gradient there. Rows without a target get zeros.
+  m.def(
+      "distillation_backward(Tensor off, Tensor? on, Tensor targets, Tensor stats, float temperature, Tensor scales, "
+      "bool off_learns, bool on_learns, Tensor(a!)? d_off, Tensor(b!)? d_on) -> ()");
   // What this process uses, and what the library was built for.
   m.def("cpu_instructions() -> str");
   m.def("cuda_architectures() -> str");

@@ -99,12 +99,26 @@ def _echo_lora_linear_group_by(backend: str) -> Callable:
     return functools.partial(echo_lora_linear_group, backend=backend)
 
 
-def _by_kernels(backend: str) -> dict[str, Callable[[], Callable]]:
+LOSSES = ("echo_distillation", "echo_distillation_rows", "echo_distillation_linear")
+
+
+def _loss_by(name: str, backend: str) -> Callable:
+    from .ops.echo_distillation import autograd
+
+    return functools.partial(getattr(autograd, name), backend=backend)
+
+
+def _layers_by(backend: str) -> dict[str, Callable[[], Callable]]:
     """The operators that any set of kernels serves; see `ops.echo_lora_linear.kernels`."""
     return {
         "echo_lora_linear": functools.partial(_echo_lora_linear_by, backend),
         "echo_lora_linear_group": functools.partial(_echo_lora_linear_group_by, backend),
     }
+
+
+def _losses_by(backend: str) -> dict[str, Callable[[], Callable]]:
+    """The same for the losses; see `ops.echo_distillation.kernels`."""
+    return {name: functools.partial(_loss_by, name, backend) for name in LOSSES}
 
 
 def _reference_echo_lora_linear() -> Callable:
@@ -125,29 +139,29 @@ def _reference_echo_network() -> Callable:
     return echo_network
 
 
-def _reference_echo_distillation() -> Callable:
-    from .ops.echo_distillation.reference import echo_distillation
+def _reference_loss(name: str) -> Callable:
+    from .ops.echo_distillation import reference
 
-    return echo_distillation
+    return getattr(reference, name)
 
 
 # In order of preference; the reference is last because it always works.
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="triton",
-        operators=_by_kernels("triton"),
+        operators=_layers_by("triton") | _losses_by("triton"),
         why_unavailable=_why_no_triton,
         preferred_on=("cuda",),
     ),
     Backend(
         name="cuda",
-        operators=_by_kernels("cuda"),
+        operators=_layers_by("cuda"),
         why_unavailable=_why_no_cuda,
         preferred_on=("cuda",),
     ),
     Backend(
         name="cpp",
-        operators=_by_kernels("cpp"),
+        operators=_layers_by("cpp") | _losses_by("cpp"),
         why_unavailable=native.why_unavailable,
         preferred_on=("cpu",),
     ),
@@ -157,7 +171,7 @@ BACKENDS: tuple[Backend, ...] = (
             "echo_lora_linear": _reference_echo_lora_linear,
             "echo_lora_linear_group": _reference_echo_lora_linear_group,
             "echo_network": _reference_echo_network,
-            "echo_distillation": _reference_echo_distillation,
+            **{name: functools.partial(_reference_loss, name) for name in LOSSES},
         },
         why_unavailable=_always_available,
     ),

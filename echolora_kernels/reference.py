@@ -5,13 +5,25 @@ from __future__ import annotations
 import torch
 
 from .ops.dora_norm.reference import dora_norm
-from .ops.echo_distillation.reference import echo_distillation
+from .ops.echo_distillation.reference import (
+    echo_distillation,
+    echo_distillation_linear,
+    echo_distillation_rows,
+)
 from .ops.echo_lora_linear import Echo
 from .ops.echo_lora_linear.reference import echo_lora_linear as _echo_lora_linear
 from .ops.echo_lora_linear.reference import echo_lora_linear_group
 from .ops.echo_network.reference import echo_network
 
-__all__ = ["dora_norm", "echo_distillation", "echo_lora_linear", "echo_lora_linear_group", "echo_network"]
+__all__ = [
+    "dora_norm",
+    "echo_distillation",
+    "echo_distillation_linear",
+    "echo_distillation_rows",
+    "echo_lora_linear",
+    "echo_lora_linear_group",
+    "echo_network",
+]
 
 
 def echo_lora_linear(

@@ -3,6 +3,7 @@
 #include "amx.h"
 #endif
 #include "backward.h"
+#include "distillation.h"
 
 namespace echolora {
 namespace ECHOLORA_ISA {
@@ -53,6 +54,14 @@ void dora_norm_any(const DoraNorm& p, Parallel parallel) {
 void drop_any(const Drop& p, Parallel parallel) {
   with_products(p.x.type, Type::f32, [&](auto with) { drop<typename decltype(with)::Element>(p, parallel); });
 }
+int64_t distillation_work_any(const Distillation& p) { return distillation_work(p); }
+void distillation_any(const Distillation& p, Parallel parallel) {
+  with_products(p.off.type, Type::f32, [&](auto with) { distillation<typename decltype(with)::Element>(p, parallel); });
+}
+void distillation_backward_any(const Distillation& p, Parallel parallel) {
+  with_products(p.off.type, Type::f32,
+                [&](auto with) { distillation_backward<typename decltype(with)::Element>(p, parallel); });
+}
 }  // namespace
 
 #define ECHOLORA_TEXT_OF(name) #name
@@ -78,6 +87,9 @@ const Kernels kernels = {
     dora_norm_work_any,
     dora_norm_any,
     drop_any,
+    distillation_work_any,
+    distillation_any,
+    distillation_backward_any,
 };
 
 }  // namespace ECHOLORA_ISA

@@ -126,6 +126,21 @@ struct Drop {
   void* out;  // [total, width], element
 };
 
+constexpr int64_t IGNORED_TARGET = -100;
+constexpr int DISTILLATION_STATS = 7;  // max, z, z of the temperature of OFF, the same of ON, the divergence
+
+struct Distillation {
+  Rows off, on;            // [.., vocabulary]; on.data is null where there is one branch
+  const int64_t* targets;  // [total], IGNORED_TARGET or a column
+  double temperature;
+  bool off_learns, on_learns;  // from the divergence
+  const void* scales;          // [3], of the gradients of the two cross-entropies and the divergence
+  Rows d_off, d_on;            // written, where not null; may be off and on themselves
+  void* stats;                 // [total, DISTILLATION_STATS]
+  void* sums;                  // [3], cross-entropies and divergence over all rows
+  void* work;
+};
+
 // Runs task(0) .. task(count - 1), in any order, on any number of threads.
 using Parallel = void (*)(int64_t count, void (*task)(int64_t, void*), void* context);
 
@@ -149,6 +164,9 @@ struct Kernels {
   int64_t (*dora_norm_work)(const DoraNorm&);
   void (*dora_norm)(const DoraNorm&, Parallel);
   void (*drop)(const Drop&, Parallel);
+  int64_t (*distillation_work)(const Distillation&);
+  void (*distillation)(const Distillation&, Parallel);
+  void (*distillation_backward)(const Distillation&, Parallel);
 };
 
 }  // namespace echolora

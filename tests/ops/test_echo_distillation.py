@@ -7,7 +7,7 @@ import torch
 
 from echolora_kernels.losses import echo_distillation
 
-BACKENDS = ["reference"]  # later backends join here
+BACKENDS = ["reference", "cpp", "triton"]
 MODES = ["on", "none", "off"]
 LABELS = [[-100, -100, 3, 1, -100], [2, -100, -100, 0, 4], [-100, 1, -100, -100, -100]]
 Q = [(0, 1), (0, 2), (1, 2), (1, 3), (2, 0)]  # written out: the position before each supervised label

@@ -1,5 +1,5 @@
 """Cross-entropy of both branches and the masked distillation between them."""
 
-from .reference import IGNORE_INDEX, KD_DETACH, EchoLosses
+from .result import IGNORE_INDEX, KD_DETACH, EchoLosses
 
 __all__ = ["IGNORE_INDEX", "KD_DETACH", "EchoLosses"]

@@ -62,15 +62,16 @@ def reduce_partials(partials: torch.Tensor) -> torch.Tensor:
     return partials[0] if partials.shape[0] == 1 else partials.sum(0)
 
 
-def want_runnable(x: torch.Tensor) -> None:
-    """Raise BackendUnavailable where no Triton kernel can compute with `x`."""
+def want_runnable(x: torch.Tensor, name: str = "x") -> None:
+    """Raise BackendUnavailable where no Triton kernel can compute with `x`, the argument `name`."""
     if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreting()):
         raise BackendUnavailable(
-            f"x: got device {x.device}, wants a GPU for the triton backend (or a CPU tensor under TRITON_INTERPRET=1)"
+            f"{name}: got device {x.device}, wants a GPU for the triton backend "
+            "(or a CPU tensor under TRITON_INTERPRET=1)"
         )
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         raise BackendUnavailable(
-            "x: got torch.bfloat16 on cpu, wants another dtype: Triton's interpreter gets it wrong"
+            f"{name}: got torch.bfloat16 on cpu, wants another dtype: Triton's interpreter gets it wrong"
         )
 
 
