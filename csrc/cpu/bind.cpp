@@ -388,7 +388,7 @@ std::tuple<Tensor, Tensor> distillation(const Tensor& off, const Optional& on, c
   Distillation p = distillation_of(off, on, targets, temperature, scales, off_learns, on_learns, d_off, d_on);
   want(scales || !(d_off || d_on), "scales", "None", "a tensor where d_off or d_on is given");
   const ScalarType wide = accumulator_of(off.scalar_type());
-  const Tensor sums = empty(off, {3}, wide), stats = empty(off, {p.off.total(), DISTILLATION_STATS}, wide);
+  const Tensor sums = empty({3}, wide), stats = empty({p.off.total(), DISTILLATION_STATS}, wide);
   p.sums = sums.data_ptr();
   p.stats = stats.data_ptr();
   const Tensor work = work_for(kernels().distillation_work(p), off);

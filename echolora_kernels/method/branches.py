@@ -1,13 +1,16 @@
-"""What both forms of the step do alike: reading the boundaries, making the echoes, the losses of the two branches."""
+"""What both forms of the step do alike: reading the boundaries, making the echoes, the losses of a pass with both branches."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..losses import EchoLosses, echo_distillation
+from ..integrations.heads import head_computing, output_head
+from ..losses import EchoLosses, echo_distillation_linear, echo_distillation_rows
+from ..ops.echo_distillation import IGNORE_INDEX
 from ..ops.echo_lora_linear import Echo
 from .collect import BoundaryStates, normalise
 
@@ -52,21 +55,65 @@ def echoes_of(echo_lora: EchoLoRA, states: BoundaryStates, mask: torch.Tensor) -
     return echoes
 
 
-def losses_of(
+def loss_options(echo_lora: EchoLoRA, num_items: int | torch.Tensor | None) -> dict[str, Any]:
+    """What `echo_distillation` and its like are told besides tensors."""
+    config = echo_lora.echo_config
+    return {
+        "temperature": config.kd_temperature,
+        "kd_weight": config.kd_weight,
+        "kd_detach": config.kd_detach,
+        "num_items": num_items,
+    }
+
+
+def losses_of_rows(
     echo_lora: EchoLoRA,
-    logits_off: torch.Tensor,
-    logits_on: torch.Tensor | None,
-    labels: torch.Tensor,
+    run_model: Callable[[], torch.Tensor],
+    targets: torch.Tensor,
+    *,
+    routed: bool,
+    dim: int,
     num_items: int | torch.Tensor | None,
 ) -> EchoLosses:
-    """`echo_distillation` as the configuration wants it."""
-    config = echo_lora.echo_config
-    return echo_distillation(
-        logits_off,
-        logits_on,
-        labels,
-        temperature=config.kd_temperature,
-        kd_weight=config.kd_weight,
-        kd_detach=config.kd_detach,
-        num_items=num_items,
-    )
+    """Losses of a pass that computes both branches, with logits for the columns alone that predict something.
+
+    Where the head is frozen and nothing follows it, it computes the losses in place of logits; else the logits of
+    these columns; a head that is not known computes all.
+
+    Args:
+        run_model: runs the model on OFF and ON joined along `dim` (OFF alone if not routed), and gives its logits.
+        targets: [N, W], int64: what each column of a branch predicts, -100 for nothing.
+        num_items: divisor of the losses, or None for a mean over Q.
+    """
+    model, options, count = echo_lora.model, loss_options(echo_lora, num_items), 1 + routed
+    predicting = targets != IGNORE_INDEX
+
+    def chosen(states: torch.Tensor) -> list[torch.Tensor]:
+        return [branch[predicting.to(branch.device)] for branch in states.chunk(count, dim)]
+
+    def of_logits(off: torch.Tensor, on: torch.Tensor | None = None) -> EchoLosses:
+        return echo_distillation_rows(off, on, targets[predicting].to(off.device), **options)
+
+    head = output_head(model)
+    if head is None:
+        return of_logits(*chosen(run_model()))
+    if echo_lora.losses_in_head(head):
+        made: list[EchoLosses] = []
+
+        def losses(hidden: torch.Tensor) -> torch.Tensor:
+            off, *on = chosen(hidden)
+            wanted = targets[predicting].to(hidden.device)
+            linear: Any = head
+            made.append(
+                echo_distillation_linear(off, on[0] if on else None, linear.weight, wanted, bias=linear.bias, **options)
+            )
+            return made[0].loss.reshape(1, 1, 1)  # on its way out it passes whatever hooks wait for gradients
+
+        with head_computing(head, losses):
+            loss = run_model()
+        return made[0]._replace(loss=loss.reshape(()))
+
+    forward = head.forward
+    with head_computing(head, lambda hidden: forward(torch.cat(chosen(hidden)).unsqueeze(0))):
+        logits = run_model()
+    return of_logits(*logits.squeeze(0).chunk(count))

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..integrations.adapters import AdaptedLinear, adapted_linears
 from ..integrations.blocks import decoder_blocks, hidden_width
+from ..integrations.heads import gives_logits, is_frozen_linear
 from ..layers.network import EchoNetwork
 from .config import EchoConfig
 from .inject import Injector
@@ -74,6 +75,7 @@ class EchoLoRA(nn.Module):
         self._echo_off = self._removed = False
         self._warned_unsupervised = self._warned_skipped = False
         self._told_forms: set[str] = set()
+        self._gives_logits: bool | None = None
         self.train(model.training)
 
     def forward(
@@ -181,6 +183,15 @@ class EchoLoRA(nn.Module):
             if name == "model":  # not set yet: looking further would recurse
                 raise
             return getattr(self.model, name)  # config, generate, device, ...: as on the plain model
+
+    def losses_in_head(self, head: nn.Module) -> bool:
+        """Whether the output head may compute the losses in place of logits."""
+        if not is_frozen_linear(head):
+            return False
+        if self._gives_logits is None:
+            with self.injector.injecting(None):
+                self._gives_logits = gives_logits(self.model, head)
+        return self._gives_logits
 
     def _form_of_step(self, extra: dict[str, Any]) -> Callable[..., Any] | None:
         """The form this step takes, None for the two-pass one; "auto" says once which and why."""

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..integrations.heads import without_logits
 from ..integrations.masks import run_with_mask, why_no_mask
 from ..losses import EchoLosses
 from ..ops.echo_lora_linear import Echo
-from .branches import echoes_of, losses_of, recording_of, why_not_cut
+from .branches import echoes_of, losses_of_rows, recording_of, why_not_cut
 from .collect import boundaries
 from .split import Part, split
 
@@ -46,7 +47,7 @@ def packed_step(
     echoes: dict[str, Echo] | None = None
     if echo_lora.routed:
         recording = recording_of(echo_lora, torch.full_like(b, prompt.width - 1))
-        with torch.no_grad(), recording, echo_lora.injector.injecting(None):
+        with torch.no_grad(), recording, echo_lora.injector.injecting(None), without_logits(model):
             run_with_mask(model, prompt.ids, _allowed([prompt]), prompt.positions, 1)
         # the echo goes to the ON answers, which are the last columns
         before = torch.zeros_like(prompt.mask[:, :-1])
@@ -56,14 +57,15 @@ def packed_step(
     # the boundary is run among the answers, where its logits are wanted
     pieces = [prompt.without_last(), *[answer] * (2 if echoes else 1)]
     row = Part.joined(pieces)
+    kept = row.width - pieces[0].width
+
+    def run_row() -> torch.Tensor:
+        return run_with_mask(model, row.ids, _allowed(pieces), row.positions, kept)
+
     with echo_lora.injector.injecting(echoes):
-        kept = row.width - pieces[0].width
-        logits = run_with_mask(model, row.ids, _allowed(pieces), row.positions, kept)
-    # echo_distillation lets column j predict label j + 1; the last column predicts nothing
-    branches = [
-        torch.cat([one, one.new_zeros((len(one), 1, one.shape[2]))], dim=1) for one in logits.split(answer.width, dim=1)
-    ]
-    losses = losses_of(echo_lora, branches[0], branches[1] if echoes else None, parts.targets, num_items)
+        losses = losses_of_rows(
+            echo_lora, run_row, parts.targets, routed=echoes is not None, dim=1, num_items=num_items
+        )  # fmt: skip
     return losses, int((~supervised).sum())
 
 

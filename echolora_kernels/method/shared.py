@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..integrations.caches import new_cache, repeated_cache, run_with_cache, why_no_cache
+from ..integrations.heads import without_logits
 from ..losses import EchoLosses
 from ..ops.echo_lora_linear import Echo
-from .branches import echoes_of, losses_of, recording_of, why_not_cut
+from .branches import echoes_of, losses_of_rows, recording_of, why_not_cut
 from .collect import boundaries
 from .split import split
 
@@ -50,7 +51,7 @@ def shared_step(
     recording = recording_of(echo_lora, torch.full_like(b, parts.prompt.width - 1))
     model, prompt, answer = echo_lora.model, parts.prompt, parts.answer
     cache = new_cache()
-    with recording, echo_lora.injector.injecting(None):
+    with recording, echo_lora.injector.injecting(None), without_logits(model):
         run_with_cache(model, prompt.ids, prompt.mask, prompt.positions, cache, 1)
 
     branches = 2 if routed else 1
@@ -62,8 +63,9 @@ def shared_step(
         echoes = {key: _after_off_rows(echo, mask) for key, echo in on.items()}
     # the boundary is run again among the answers, where its logits are wanted; its states were all it was needed for
     before = torch.cat([prompt.mask[:, :-1], answer.mask], dim=1)
-    with echo_lora.injector.injecting(echoes):
-        logits = run_with_cache(
+
+    def run_answers() -> torch.Tensor:
+        return run_with_cache(
             model,
             answer.ids.repeat(branches, 1),
             before.repeat(branches, 1),
@@ -71,10 +73,9 @@ def shared_step(
             repeated_cache(cache, prompt.width - 1, branches),
             0,
         )
-    # echo_distillation lets column j predict label j + 1; the last column predicts nothing
-    logits = torch.cat([logits, logits.new_zeros((len(logits), 1, logits.shape[2]))], dim=1)
-    logits_off, logits_on = (logits, None) if branches == 1 else logits.chunk(2)
-    losses = losses_of(echo_lora, logits_off, logits_on, parts.targets, num_items)
+
+    with echo_lora.injector.injecting(echoes):
+        losses = losses_of_rows(echo_lora, run_answers, parts.targets, routed=routed, dim=0, num_items=num_items)
     return losses, int((~supervised).sum())
 
 

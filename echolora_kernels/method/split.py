@@ -47,7 +47,7 @@ class Split:
         prompt: real positions up to the boundary, which is in the last column of every sample (padding is left).
         answer: positions from the boundary on that a supervised token is predicted from, or that come before one which
             is; padding is right. A sample without supervision has its boundary alone.
-        targets: [N, W_answer + 1], labels as `echo_distillation` wants them: column j + 1 is predicted from answer j.
+        targets: [N, W_answer], the label that each answer position predicts, -100 for none.
         injected: [N, W_answer], bool, answer positions that are supervised tokens themselves: where the echo goes.
     """
 
@@ -79,7 +79,6 @@ def split(
     following = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE_INDEX)], dim=1)
     targets = following.gather(1, answer.positions).masked_fill(~answer.mask, IGNORE_INDEX)
     injected = supervised.gather(1, answer.positions) & answer.mask
-    targets = torch.cat([labels.new_full((len(labels), 1), IGNORE_INDEX), targets], dim=1)
     return Split(prompt, answer, targets, injected)
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..losses import EchoLosses
+from ..losses import EchoLosses, echo_distillation
 from ..ops.echo_distillation import IGNORE_INDEX
-from .branches import echoes_of, losses_of, recording_of
+from .branches import echoes_of, loss_options, recording_of
 from .collect import boundaries
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def two_pass_step(
         with echo_lora.injector.injecting(echoes_of(echo_lora, recording, mask)):
             logits_on = run_model()
 
-    losses = losses_of(echo_lora, logits_off, logits_on, labels, num_items)
+    losses = echo_distillation(logits_off, logits_on, labels, **loss_options(echo_lora, num_items))
     return losses, logits_off, int((~supervised).sum())
 
 

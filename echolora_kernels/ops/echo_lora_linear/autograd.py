@@ -140,11 +140,11 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def under_autocast(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+def under_autocast(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """x and the weights in autocast's dtype where autocast is on."""
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return x, weights
+        return x, list(weights)
     dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), [weight.to(dtype) for weight in weights]
 
