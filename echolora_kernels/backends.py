@@ -92,6 +92,12 @@ def _echo_lora_linear_group_by(backend: str) -> Callable:
     return functools.partial(echo_lora_linear_group, backend=backend)
 
 
+def _echo_networks_by(backend: str) -> Callable:
+    from .ops.echo_networks.autograd import echo_networks
+
+    return functools.partial(echo_networks, backend=backend)
+
+
 def _by_kernels(backend: str) -> dict[str, Callable[[], Callable]]:
     """The operators that any set of kernels serves; see `ops.echo_lora_linear.kernels`."""
     return {
@@ -112,10 +118,10 @@ def _reference_echo_lora_linear_group() -> Callable:
     return echo_lora_linear_group
 
 
-def _reference_echo_network() -> Callable:
-    from .ops.echo_network.reference import echo_network
+def _reference_echo_networks() -> Callable:
+    from .ops.echo_networks.reference import echo_networks
 
-    return echo_network
+    return echo_networks
 
 
 def _reference_echo_distillation() -> Callable:
@@ -128,7 +134,7 @@ def _reference_echo_distillation() -> Callable:
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="triton",
-        operators=_by_kernels("triton"),
+        operators={**_by_kernels("triton"), "echo_networks": functools.partial(_echo_networks_by, "triton")},
         why_unavailable=_why_no_triton,
         preferred_on=("cuda",),
     ),
@@ -140,7 +146,7 @@ BACKENDS: tuple[Backend, ...] = (
     ),
     Backend(
         name="cpp",
-        operators=_by_kernels("cpp"),
+        operators={**_by_kernels("cpp"), "echo_networks": functools.partial(_echo_networks_by, "cpp")},
         why_unavailable=native.why_unavailable,
         preferred_on=("cpu",),
     ),
@@ -149,7 +155,7 @@ BACKENDS: tuple[Backend, ...] = (
         operators={
             "echo_lora_linear": _reference_echo_lora_linear,
             "echo_lora_linear_group": _reference_echo_lora_linear_group,
-            "echo_network": _reference_echo_network,
+            "echo_networks": _reference_echo_networks,
             "echo_distillation": _reference_echo_distillation,
         },
         why_unavailable=_always_available,

@@ -9,9 +9,9 @@ from .ops.echo_distillation.reference import echo_distillation
 from .ops.echo_lora_linear import Echo
 from .ops.echo_lora_linear.reference import echo_lora_linear as _echo_lora_linear
 from .ops.echo_lora_linear.reference import echo_lora_linear_group
-from .ops.echo_network.reference import echo_network
+from .ops.echo_networks.reference import echo_networks
 
-__all__ = ["dora_norm", "echo_distillation", "echo_lora_linear", "echo_lora_linear_group", "echo_network"]
+__all__ = ["dora_norm", "echo_distillation", "echo_lora_linear", "echo_lora_linear_group", "echo_networks"]
 
 
 def echo_lora_linear(

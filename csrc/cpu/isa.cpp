@@ -3,6 +3,7 @@
 #include "amx.h"
 #endif
 #include "backward.h"
+#include "network.h"
 
 namespace echolora {
 namespace ECHOLORA_ISA {
@@ -53,6 +54,21 @@ void dora_norm_any(const DoraNorm& p, Parallel parallel) {
 void drop_any(const Drop& p, Parallel parallel) {
   with_products(p.x.type, Type::f32, [&](auto with) { drop<typename decltype(with)::Element>(p, parallel); });
 }
+
+// visit(E{}) with the element type
+template <class Visit>
+auto with_element(Type type, const Visit& visit) {
+  return with_products(type, Type::f32, [&](auto with) { return visit(typename decltype(with)::Element{}); });
+}
+void networks_forward_any(const NetworksForward& p, Parallel parallel) {
+  with_element(p.networks.type, [&](auto e) { networks_forward<decltype(e)>(p, parallel); });
+}
+int64_t networks_backward_work_any(const NetworksBackward& p) {
+  return with_element(p.networks.type, [&](auto e) { return networks_backward_work<decltype(e)>(p); });
+}
+void networks_backward_any(const NetworksBackward& p, Parallel parallel) {
+  with_element(p.networks.type, [&](auto e) { networks_backward<decltype(e)>(p, parallel); });
+}
 }  // namespace
 
 #define ECHOLORA_TEXT_OF(name) #name
@@ -78,6 +94,9 @@ const Kernels kernels = {
     dora_norm_work_any,
     dora_norm_any,
     drop_any,
+    networks_forward_any,
+    networks_backward_work_any,
+    networks_backward_any,
 };
 
 }  // namespace ECHOLORA_ISA
