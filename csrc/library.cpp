@@ -71,6 +71,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(echolora, m) {
   m.def(
       "distillation_backward(Tensor off, Tensor? on, Tensor targets, Tensor stats, float temperature, Tensor scales, "
       "bool off_learns, bool on_learns, Tensor(a!)? d_off, Tensor(b!)? d_on) -> ()");
+  // All echo networks of a step (CPU alone). Module i has rows [2 i m, 2 (i + 1) m) of down [2 n m, d], W1 then U1, and
+  // widths[i] rows of proj_up (W2) and gate_up (U2) [sum of widths, m] and of gate_bias (c). Everything is contiguous and
+  // in u's dtype; h is in the accumulator's.
+  // delta_i = scale_i sigmoid(U2 tanh(U1 u) + c) (W2 tanh(W1 u)): for each module [N, widths[i]], one after the other,
+  // and h = tanh(u down^T) [N, 2 n m].
+  m.def(
+      "networks_forward(Tensor u, Tensor down, Tensor proj_up, Tensor gate_up, Tensor gate_bias, Tensor scale, "
+      "int[] widths) -> (Tensor, Tensor)");
+  // The gradients of u down^T, proj_up, gate_up, gate_bias and scale, given that of delta.
+  m.def(
+      "networks_backward(Tensor ddelta, Tensor h, Tensor proj_up, Tensor gate_up, Tensor gate_bias, Tensor scale, "
+      "int[] widths) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // What this process uses, and what the library was built for.
   m.def("cpu_instructions() -> str");
   m.def("cuda_architectures() -> str");

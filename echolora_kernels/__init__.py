@@ -12,7 +12,7 @@ from .errors import (
     EchoLoRAError,
     NonFiniteLoss,
 )
-from .layers import EchoLoRALinear, EchoNetwork
+from .layers import EchoLoRALinear, EchoNetworks
 from .method import EchoConfig, EchoLoRA, EchoLoRAOutput
 from .ops.echo_lora_linear import Echo
 from .version import __version__
@@ -28,7 +28,7 @@ __all__ = [
     "EchoLoRAError",
     "EchoLoRALinear",
     "EchoLoRAOutput",
-    "EchoNetwork",
+    "EchoNetworks",
     "NonFiniteLoss",
     "__version__",
     "functional",

@@ -108,6 +108,12 @@ def _loss_by(name: str, backend: str) -> Callable:
     return functools.partial(getattr(autograd, name), backend=backend)
 
 
+def _echo_networks_by(backend: str) -> Callable:
+    from .ops.echo_networks.autograd import echo_networks
+
+    return functools.partial(echo_networks, backend=backend)
+
+
 def _layers_by(backend: str) -> dict[str, Callable[[], Callable]]:
     """The operators that any set of kernels serves; see `ops.echo_lora_linear.kernels`."""
     return {
@@ -119,6 +125,12 @@ def _layers_by(backend: str) -> dict[str, Callable[[], Callable]]:
 def _losses_by(backend: str) -> dict[str, Callable[[], Callable]]:
     """The same for the losses; see `ops.echo_distillation.kernels`."""
     return {name: functools.partial(_loss_by, name, backend) for name in LOSSES}
+
+
+def _everything_by(backend: str) -> dict[str, Callable[[], Callable]]:
+    """All operators, by a backend that brings all kernels."""
+    networks = {"echo_networks": functools.partial(_echo_networks_by, backend)}
+    return _layers_by(backend) | _losses_by(backend) | networks
 
 
 def _reference_echo_lora_linear() -> Callable:
@@ -133,10 +145,10 @@ def _reference_echo_lora_linear_group() -> Callable:
     return echo_lora_linear_group
 
 
-def _reference_echo_network() -> Callable:
-    from .ops.echo_network.reference import echo_network
+def _reference_echo_networks() -> Callable:
+    from .ops.echo_networks.reference import echo_networks
 
-    return echo_network
+    return echo_networks
 
 
 def _reference_loss(name: str) -> Callable:
@@ -149,7 +161,7 @@ def _reference_loss(name: str) -> Callable:
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="triton",
-        operators=_layers_by("triton") | _losses_by("triton"),
+        operators=_everything_by("triton"),
         why_unavailable=_why_no_triton,
         preferred_on=("cuda",),
     ),
@@ -161,7 +173,7 @@ BACKENDS: tuple[Backend, ...] = (
     ),
     Backend(
         name="cpp",
-        operators=_layers_by("cpp") | _losses_by("cpp"),
+        operators=_everything_by("cpp"),
         why_unavailable=native.why_unavailable,
         preferred_on=("cpu",),
     ),
@@ -170,7 +182,7 @@ BACKENDS: tuple[Backend, ...] = (
         operators={
             "echo_lora_linear": _reference_echo_lora_linear,
             "echo_lora_linear_group": _reference_echo_lora_linear_group,
-            "echo_network": _reference_echo_network,
+            "echo_networks": _reference_echo_networks,
             **{name: functools.partial(_reference_loss, name) for name in LOSSES},
         },
         why_unavailable=_always_available,

@@ -9,7 +9,7 @@ import torch
 from . import backends
 from .ops.echo_lora_linear import Echo, Projection
 
-__all__ = ["echo_lora_linear", "echo_lora_linear_group", "echo_network"]
+__all__ = ["echo_lora_linear", "echo_lora_linear_group", "echo_networks"]
 
 
 def echo_lora_linear(
@@ -105,35 +105,37 @@ def echo_lora_linear_group(
     return implementation(x, projections, dropout_p=dropout_p, dora_dropout=dora_dropout)
 
 
-def echo_network(
+def echo_networks(
     u: torch.Tensor,
-    proj_down: torch.Tensor,
+    down: torch.Tensor,
     proj_up: torch.Tensor,
-    gate_down: torch.Tensor,
     gate_up: torch.Tensor,
     gate_bias: torch.Tensor,
     scale: torch.Tensor,
+    widths: Sequence[int],
     *,
     backend: str | None = None,
-) -> torch.Tensor:
-    """The echo vectors of one module.
+) -> tuple[torch.Tensor, ...]:
+    """The echo vectors of all target modules, whose networks lie in flat tensors, one module after the other.
 
-    ``Delta = lambda * sigmoid(U2 tanh(U1 u) + c) * (W2 tanh(W1 u))``; docs/method.md "projection", "gate", "echo" (R).
+    ``Delta = lambda * sigmoid(U2 tanh(U1 u) + c) * (W2 tanh(W1 u))`` for each module; docs/method.md "projection",
+    "gate", "echo" (R). Computed in the dtype of the arguments, under autocast too.
 
     Args:
         u: [N, d], normalised boundary states, floating.
-        proj_down, gate_down: W1, U1, [m, d].
-        proj_up, gate_up: W2, U2, [width, m].
-        gate_bias: c, [width].
-        scale: lambda, a scalar tensor.
+        down: W1 and then U1 of the first module, of the second, ...: [2 n m, d]. This and the others in u's dtype.
+        proj_up, gate_up: W2, U2, [sum of widths, m].
+        gate_bias: c, [sum of widths].
+        scale: lambda, [n].
+        widths: of the n modules.
         backend: None chooses, a name insists.
 
     Returns:
-        Delta, [N, width].
+        One Delta, [N, width], contiguous, for each module.
 
     Raises:
-        TypeError, ValueError: a dtype or a shape does not fit; the message names the argument.
+        TypeError, ValueError: a dtype, a device or a shape does not fit; the message names the argument.
         BackendUnavailable: `backend` names one that cannot run here.
     """
-    implementation = backends.choose("echo_network", backend, u.device)
-    return implementation(u, proj_down, proj_up, gate_down, gate_up, gate_bias, scale)
+    implementation = backends.choose("echo_networks", backend, u.device)
+    return implementation(u, down, proj_up, gate_up, gate_bias, scale, widths)

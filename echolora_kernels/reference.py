@@ -13,7 +13,7 @@ from .ops.echo_distillation.reference import (
 from .ops.echo_lora_linear import Echo
 from .ops.echo_lora_linear.reference import echo_lora_linear as _echo_lora_linear
 from .ops.echo_lora_linear.reference import echo_lora_linear_group
-from .ops.echo_network.reference import echo_network
+from .ops.echo_networks.reference import echo_networks
 
 __all__ = [
     "dora_norm",
@@ -22,7 +22,7 @@ __all__ = [
     "echo_distillation_rows",
     "echo_lora_linear",
     "echo_lora_linear_group",
-    "echo_network",
+    "echo_networks",
 ]
 
 

@@ -8,9 +8,13 @@ import torch
 from echolora_kernels import BackendUnavailable, backends, functional, losses, reference
 from echolora_kernels.ops.echo_distillation.reference import echo_distillation
 from echolora_kernels.ops.echo_lora_linear.reference import echo_lora_linear
-from echolora_kernels.ops.echo_network.reference import echo_network
+from echolora_kernels.ops.echo_networks.reference import echo_networks
 
-REFERENCE = {"echo_lora_linear": echo_lora_linear, "echo_network": echo_network, "echo_distillation": echo_distillation}
+REFERENCE = {
+    "echo_lora_linear": echo_lora_linear,
+    "echo_networks": echo_networks,
+    "echo_distillation": echo_distillation,
+}
 OPS = list(REFERENCE)
 
 
@@ -63,13 +67,13 @@ def test_a_named_backend_that_cannot_run_says_why(from_environment, monkeypatch,
 
 
 def test_automatic_choice_skips_what_cannot_run(put_first):
-    put_first(marked("fast", "there is no such device"), marked("other", None, ["echo_network"]))
+    put_first(marked("fast", "there is no such device"), marked("other", None, ["echo_networks"]))
     assert backends.choose("echo_lora_linear") is echo_lora_linear
-    assert backends.choose("echo_network") is reference.dora_norm
+    assert backends.choose("echo_networks") is reference.dora_norm
 
 
 def test_a_named_backend_without_the_operator(put_first):
-    put_first(marked("other", None, ["echo_network"]))
+    put_first(marked("other", None, ["echo_networks"]))
     with pytest.raises(BackendUnavailable, match=r"'other' cannot run echo_lora_linear: .*not implement"):
         backends.choose("echo_lora_linear", "other")
 
@@ -86,15 +90,15 @@ def test_environment_is_honoured_and_an_argument_wins(monkeypatch, put_first):
 def test_the_environment_speaks_for_the_operators_its_backend_has(monkeypatch, put_first):
     put_first(marked("fast"))
     monkeypatch.setenv("ECHOLORA_BACKEND", "fast")
-    assert backends.choose("echo_network") is echo_network
+    assert backends.choose("echo_networks") is echo_networks
     with pytest.raises(BackendUnavailable, match="not implement"):
-        backends.choose("echo_network", "fast")
+        backends.choose("echo_networks", "fast")
 
 
 def test_nothing_can_run(monkeypatch):
     monkeypatch.setattr(backends, "BACKENDS", (marked("fast", "there is no such device"),))
-    with pytest.raises(BackendUnavailable, match=r"no backend can run echo_network.*there is no such device"):
-        backends.choose("echo_network")
+    with pytest.raises(BackendUnavailable, match=r"no backend can run echo_networks.*there is no such device"):
+        backends.choose("echo_networks")
 
 
 def test_availability(put_first):
@@ -108,7 +112,10 @@ def test_availability(put_first):
     ("function", "arguments"),
     [
         (functional.echo_lora_linear, (*[torch.ones(1, 1)] * 2, None, *[torch.ones(1, 1)] * 2, 1.0)),
-        (functional.echo_network, (*[torch.ones(1, 1)] * 5, torch.ones(1), torch.ones(()))),
+        (
+            functional.echo_networks,
+            (torch.ones(1, 1), torch.ones(2, 1), *[torch.ones(1, 1)] * 2, *[torch.ones(1)] * 2, [1]),
+        ),
         (losses.echo_distillation, (torch.ones(1, 2, 3), None, torch.ones(1, 2, dtype=torch.int64))),
     ],
     ids=OPS,

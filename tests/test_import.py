@@ -26,7 +26,7 @@ CORE = "import echolora_kernels as e; assert set(e.__all__) <= set(dir(e))"
 LAYERS = """
 import torch, echolora_kernels as e
 layer = e.EchoLoRALinear(4, 3, r=2, use_dora=True)
-echo = e.Echo(e.EchoNetwork(5, 3)(torch.ones(1, 5)), torch.ones(1, 2))
+echo = e.Echo(e.EchoNetworks(5, {"a": 3})(torch.ones(1, 5))["a"], torch.ones(1, 2))
 logits = layer(torch.ones(1, 2, 4), echo)
 e.losses.echo_distillation(logits, logits, torch.tensor([[-100, 1]])).loss.backward()
 assert layer.lora_B.grad is not None

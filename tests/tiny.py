@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -12,7 +14,8 @@ from transformers.models.mistral import MistralConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
-from echolora_kernels import EchoConfig, EchoLoRA, EchoLoRALinear
+from echolora_kernels import EchoConfig, EchoLoRA, EchoLoRALinear, EchoNetworks
+from echolora_kernels.layers.network import NetworkParameters
 
 VOCAB, WIDTH = 61, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -77,7 +80,7 @@ def randomise(model):
     """Non-zero values for what starts at zero."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or name.endswith(("proj_up.weight", "gate_up.weight")):
+            if "lora_B" in name or name.endswith(("proj_up", "gate_up")):
                 parameter.normal_(0, 0.3)
     return model
 
@@ -129,3 +132,12 @@ def batch(side: str = "right") -> dict[str, torch.Tensor]:
 
 def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def network_gradients(networks: EchoNetworks) -> dict[str, NetworkParameters]:
+    """The gradients of each network, by the name of its module."""
+    held = copy.deepcopy(networks)
+    with torch.no_grad():
+        for parameter, other in zip(held.parameters(), networks.parameters(), strict=True):
+            parameter.copy_(other.grad)
+    return {name: held.network(name) for name in networks.out_features}

@@ -4,6 +4,7 @@
 #endif
 #include "backward.h"
 #include "distillation.h"
+#include "network.h"
 
 namespace echolora {
 namespace ECHOLORA_ISA {
@@ -62,6 +63,21 @@ void distillation_backward_any(const Distillation& p, Parallel parallel) {
   with_products(p.off.type, Type::f32,
                 [&](auto with) { distillation_backward<typename decltype(with)::Element>(p, parallel); });
 }
+
+// visit(E{}) with the element type
+template <class Visit>
+auto with_element(Type type, const Visit& visit) {
+  return with_products(type, Type::f32, [&](auto with) { return visit(typename decltype(with)::Element{}); });
+}
+void networks_forward_any(const NetworksForward& p, Parallel parallel) {
+  with_element(p.networks.type, [&](auto e) { networks_forward<decltype(e)>(p, parallel); });
+}
+int64_t networks_backward_work_any(const NetworksBackward& p) {
+  return with_element(p.networks.type, [&](auto e) { return networks_backward_work<decltype(e)>(p); });
+}
+void networks_backward_any(const NetworksBackward& p, Parallel parallel) {
+  with_element(p.networks.type, [&](auto e) { networks_backward<decltype(e)>(p, parallel); });
+}
 }  // namespace
 
 #define ECHOLORA_TEXT_OF(name) #name
@@ -90,6 +106,9 @@ const Kernels kernels = {
     distillation_work_any,
     distillation_any,
     distillation_backward_any,
+    networks_forward_any,
+    networks_backward_work_any,
+    networks_backward_any,
 };
 
 }  // namespace ECHOLORA_ISA

@@ -141,6 +141,30 @@ struct Distillation {
   void* work;
 };
 
+// The up-projections of `count` modules, element and contiguous; module i has widths[i] rows of each
+struct Networks {
+  int64_t samples, m, count;
+  const int64_t* widths;
+  Type type;
+  const void *proj_up, *gate_up, *gate_bias, *scale;  // [rows, m], [rows, m], [rows], [count]
+  int64_t hidden() const { return 2 * count * m; }
+};
+
+struct NetworksForward {
+  Networks networks;
+  int64_t d;
+  const void *u, *down;  // [samples, d], [hidden, d], element
+  void* h;               // [samples, hidden]
+  void* delta;           // for each module [samples, width], element
+};
+
+struct NetworksBackward {
+  Networks networks;
+  const void *ddelta, *h;                                 // as in the forward pass
+  void *da, *dproj_up, *dgate_up, *dgate_bias, *dscale;  // element; da [samples, hidden]
+  void* work;
+};
+
 // Runs task(0) .. task(count - 1), in any order, on any number of threads.
 using Parallel = void (*)(int64_t count, void (*task)(int64_t, void*), void* context);
 
@@ -167,6 +191,9 @@ struct Kernels {
   int64_t (*distillation_work)(const Distillation&);
   void (*distillation)(const Distillation&, Parallel);
   void (*distillation_backward)(const Distillation&, Parallel);
+  void (*networks_forward)(const NetworksForward&, Parallel);
+  int64_t (*networks_backward_work)(const NetworksBackward&);
+  void (*networks_backward)(const NetworksBackward&, Parallel);
 };
 
 }  // namespace echolora

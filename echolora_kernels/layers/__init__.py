@@ -1,6 +1,6 @@
 """Modules that hold the parameters and call the operators."""
 
 from .linear import EchoLoRALinear
-from .network import EchoNetwork
+from .network import EchoNetworks
 
-__all__ = ["EchoLoRALinear", "EchoNetwork"]
+__all__ = ["EchoLoRALinear", "EchoNetworks"]

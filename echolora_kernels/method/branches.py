@@ -45,13 +45,12 @@ def echoes_of(echo_lora: EchoLoRA, states: BoundaryStates, mask: torch.Tensor) -
     config = echo_lora.echo_config
     u = normalise(states.pooled(), config.norm_eps)
     echoes = {}
-    for key, network in echo_lora.echo_networks.items():
-        parameter = next(network.parameters())
-        delta = network(u.to(parameter))
-        if config.dora_echo == "inside":
-            gain = echo_lora.targets[key].gain()
-            delta = delta if gain is None else gain * delta
-        echoes[key] = Echo(delta, mask.to(parameter.device), config.site)
+    for networks in echo_lora.echo_networks:
+        parameter = next(networks.parameters())
+        here = mask.to(parameter.device)
+        for name, delta in networks(u.to(parameter)).items():
+            gain = echo_lora.targets[name].gain() if config.dora_echo == "inside" else None
+            echoes[name] = Echo(delta if gain is None else gain * delta, here, config.site)
     return echoes
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..integrations.adapters import AdaptedLinear, adapted_linears
 from ..integrations.blocks import decoder_blocks, hidden_width
 from ..integrations.heads import gives_logits, is_frozen_linear
-from ..layers.network import EchoNetwork
+from ..layers.network import EchoNetworks
 from .config import EchoConfig
 from .inject import Injector
 from .output import EchoLoRAOutput
@@ -43,7 +43,8 @@ class EchoLoRA(nn.Module):
         config: the choices of the method.
 
     Attributes:
-        echo_networks: ModuleDict of `EchoNetwork`, keyed by the name of the module each injects into, "." as "__".
+        echo_networks: ModuleList of `EchoNetworks`, one for each device and dtype that the adapters are in; a network
+            is called by the name of the module that it injects into.
         echo_config: the configuration. source_layers, target_layers: S and G as block numbers.
         step: k, optimizer steps taken so far; saved in the state dict.
 
@@ -64,11 +65,11 @@ class EchoLoRA(nn.Module):
         self.source_layers, self.target_layers = config.layers(len(blocks))
         targets = _find_targets(model, config, blocks_name, self.target_layers)
         width = hidden_width(model)
-        networks = {key: _network_for(target, config, width) for key, target in targets.items()}
+        networks = _networks_for(targets, config, width)
 
         # nothing of the model has been touched up to here
         self.model, self.echo_config, self.step = model, config, 0
-        self.echo_networks = nn.ModuleDict(networks)
+        self.echo_networks = nn.ModuleList(networks)
         self.targets: dict[str, AdaptedLinear] = targets
         self.source_blocks = [blocks[layer] for layer in self.source_layers]
         self.injector = Injector(targets, [blocks[layer] for layer in self.target_layers])
@@ -265,20 +266,28 @@ def _find_targets(
             "model: got adapters without a trainable parameter in the target layers, wants trainable ones "
             "(for instance PeftModel.from_pretrained(..., is_trainable=True))"
         )
-    return {adapter.name.replace(".", "__"): adapter for adapter in chosen}
+    return {adapter.name: adapter for adapter in chosen}
 
 
-def _network_for(target: AdaptedLinear, config: EchoConfig, width: int) -> EchoNetwork:
-    parameter = target.trainable()
-    return EchoNetwork(
-        width,
-        target.width(config.site),
-        config.bottleneck,
-        gate_bias=config.gate_bias,
-        scale=config.scale,
-        device=parameter.device,
-        dtype=torch.promote_types(parameter.dtype, torch.float32),  # Adam's steps would vanish in a narrower one
-    )
+def _networks_for(targets: dict[str, AdaptedLinear], config: EchoConfig, width: int) -> list[EchoNetworks]:
+    groups: dict[tuple[torch.device, torch.dtype], dict[str, int]] = {}
+    for name, target in targets.items():
+        parameter = target.trainable()
+        # Adam's steps would vanish in a dtype narrower than float32
+        kind = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+        groups.setdefault(kind, {})[name] = target.width(config.site)
+    return [
+        EchoNetworks(
+            width,
+            widths,
+            config.bottleneck,
+            gate_bias=config.gate_bias,
+            scale=config.scale,
+            device=device,
+            dtype=dtype,
+        )
+        for (device, dtype), widths in groups.items()
+    ]
 
 
 def _checked_labels(

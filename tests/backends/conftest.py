@@ -3,6 +3,7 @@
 import pytest
 from linear_cases import device_for, why_not
 
+from echolora_kernels.backends import BACKENDS
 from echolora_kernels.ops.echo_lora_linear.kernels import load
 
 KERNELS = (
@@ -20,6 +21,14 @@ KERNELS = (
 def backend(request):
     reason = why_not(request.param)
     if reason:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture(scope="session", params=[backend.name for backend in BACKENDS if "echo_networks" in backend.operators])
+def networks_backend(request):
+    """Those that have the echo networks, the reference too."""
+    if request.param != "reference" and (reason := why_not(request.param)):
         pytest.skip(f"{request.param}: {reason}")
     return request.param
 

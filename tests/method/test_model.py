@@ -19,14 +19,28 @@ def test_networks_are_keyed_by_the_module_they_inject_into():
     wrapped = echo_model(
         config=always_on(source_layers=(4,), target_layers=(1, 2), target_modules=("q_proj", "up_proj"))
     )
-    names = [key.replace("__", ".") for key in wrapped.echo_networks]
-    assert names == [
+    (networks,) = wrapped.echo_networks
+    assert list(networks.out_features) == [
         f"base_model.model.model.layers.{layer}.{leaf}"
         for layer in (1, 2)
         for leaf in ("self_attn.q_proj", "mlp.up_proj")
     ]
-    for name, network in zip(names, wrapped.echo_networks.values(), strict=True):
-        assert network.proj_up.out_features == wrapped.model.get_submodule(name).out_features
+    for name, width in networks.out_features.items():
+        assert width == wrapped.model.get_submodule(name).out_features
+
+
+def test_adapters_of_two_dtypes_have_networks_of_two_dtypes():
+    model = peft_model(dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "layers.1" in name and "up_proj.lora" in name:
+            parameter.data = parameter.data.double()
+    wrapped = EchoLoRA(model, always_on(source_layers=(4,), target_layers=(0, 1), target_modules=("up_proj",))).train()
+    assert [(networks.down.dtype, list(networks.out_features)) for networks in wrapped.echo_networks] == [
+        (dtype, [f"base_model.model.model.layers.{layer}.mlp.up_proj"])
+        for layer, dtype in enumerate((torch.float32, torch.float64))
+    ]
+    wrapped(**batch()).loss.backward()
+    assert all(networks.proj_up.grad.any() for networks in wrapped.echo_networks)
 
 
 @pytest.mark.parametrize(("make", "config", "words"), [
@@ -207,11 +221,11 @@ def test_an_echo_inside_the_magnitude_is_scaled_by_it():
         torch.manual_seed(3)
         wrapped = echo_model("native", always_on(dora_echo=where), dora=True)
         with torch.no_grad():
-            for key, network in wrapped.echo_networks.items():
-                layer = wrapped.targets[key].module
-                layer.magnitude.mul_(1.5)
+            for name, target in wrapped.targets.items():
+                target.module.magnitude.mul_(1.5)
                 if where == "inside":
-                    network.proj_up.weight.div_(layer.gain().unsqueeze(1))
+                    proj_up = wrapped.echo_networks[0].network(name).proj_up
+                    proj_up.div_(target.module.gain().unsqueeze(1))
         found.append(wrapped(**inputs).loss_on)
     torch.testing.assert_close(*found)
 

@@ -11,9 +11,10 @@ DROP_BELOW, KEEP_SCALE = 2**22, 4 / 3
 
 NEEDS = ("need_ds", "need_db", "need_dbias", "need_dgain", "need_ddelta")
 AT_THE_OUTPUT = ("linear_epilogue",)  # those whose delta lies along d_out
+NETWORKS = ("networks_forward", "networks_backward")  # n samples, they know no positions
 OPERATORS = (
     "shrink", "linear_epilogue", "linear_forward", "adapter_backward", "lora_a_backward", "input_epilogue",
-    "linear_backward", "dora_norm", "drop",
+    "linear_backward", "dora_norm", "drop", *NETWORKS,
 )  # fmt: skip
 
 
@@ -36,6 +37,9 @@ def make(operator: str, dtype: torch.dtype = torch.float32, n=N, t=T, d_in=D_IN,
         "delta": broad(n, d_out if operator in AT_THE_OUTPUT else d_in),
         "weight": draw(d_out, d_in), "magnitude": broad(d_out),
         "scaling": 0.7, "site": 1, "seed": torch.tensor([5]), "drop_below": DROP_BELOW, "keep_scale": KEEP_SCALE,
+        "u": draw(n, d_in), "down": draw(4 * R, d_in), "proj_up": draw(2 * d_out + 1, R), "gate_up": draw(2 * d_out + 1, R),
+        "gate_bias": draw(2 * d_out + 1), "scale": draw(2), "widths": [d_out, d_out + 1],
+        "ddelta": draw(n * (2 * d_out + 1)), "h": broad(n, 4 * R).tanh(),
         "store_z": True, "accumulate": True, "add_low_rank": True, **dict.fromkeys(NEEDS, True),
     }  # fmt: skip
     return {argument.name: values[argument.name] for argument in schema(operator)}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from linear_cases import make as make_layer
 from native_cases import ROOT, run
-from operator_cases import D_IN, D_OUT, NEEDS, OPERATORS, N, R, T, call, make, written
+from operator_cases import D_IN, D_OUT, NEEDS, NETWORKS, OPERATORS, N, R, T, call, make, written
 
 from echolora_kernels import native
 
@@ -25,7 +25,10 @@ TENSORS = [
 ]
 SAYS_ITS_WIDTH = (("drop", "x"), ("lora_a_backward", "ds"))  # alone, so that any width is right
 ANY_STRIDES = ("x", "dy", "a", "b", "s", "ds", "weight")
-MUST_BE_DENSE = ("z", "base", "gain", "bias", "delta", "mask", "product", "dx", "y", "magnitude")
+MUST_BE_DENSE = (
+    "z", "base", "gain", "bias", "delta", "mask", "product", "dx", "y", "magnitude",
+    "u", "down", "proj_up", "gate_up", "gate_bias", "scale", "ddelta", "h",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -133,7 +136,7 @@ def test_another_device(operator, name):
 
 
 @pytest.mark.parametrize("rank", [0, 257])
-@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "drop"])
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in ("drop", *NETWORKS)])
 def test_another_rank(operator, rank):
     arguments = make(operator)
     for name, dimension in {"a": 0, "b": 1, "s": 1, "ds": 1}.items():

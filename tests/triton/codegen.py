@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from echolora_kernels.ops.dora_norm import triton_norm
 from echolora_kernels.ops.echo_lora_linear import configs, triton_backward_launch, triton_descriptors, triton_forward
 from echolora_kernels.ops.echo_lora_linear.dropout import Dropout
+from echolora_kernels.ops.echo_networks import triton_launch
 
 SHARED_LIMIT = {
     "sm_80": 166912,
@@ -48,7 +49,7 @@ class Recorder:
 
     def __init__(self):
         self.launches = []
-        for module in (triton_forward, triton_backward_launch, triton_descriptors, triton_norm):
+        for module in (triton_forward, triton_backward_launch, triton_descriptors, triton_norm, triton_launch):
             module.run = self
 
     def __call__(self, kernel, grid, device, tile, **arguments):
@@ -180,6 +181,21 @@ def launches(arch, dtype, everything):
         options = {"dtype": dtype, "tile": configs.lora_a_bwd_tile(block, dtype, arch)}
         yield from record(f"r{rank}", lora_a_backward, x, s, dropout=none, **options)
         yield from record(f"r{rank} echo dropout", lora_a_backward, x, s, dropout=some, **echo, **options)
+    yield from _networks(dtype, record)
+
+
+def _networks(dtype, record):
+    """Bottlenecks that make different tiles; widths of Llama-3-8B and a rank."""
+    for m in (8, 64, 100, 256):
+        widths = [4096, 1024, 1024, 4096, 14336, 14336, 16] * 4
+        meta = {"device": "meta", "dtype": dtype}
+        total, hidden = sum(widths), 2 * len(widths) * m
+        matrix, vector = torch.empty(total, m, **meta), torch.empty(total, **meta)
+        up = (matrix, matrix, vector, torch.empty(len(widths), **meta), widths)
+        u, down = torch.empty(8, WIDTH, **meta), torch.empty(hidden, WIDTH, **meta)
+        h = torch.empty(8, hidden, device="meta", dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        yield from record(f"m{m}", triton_launch.forward, u, down, *up)
+        yield from record(f"m{m}", triton_launch.backward, torch.empty(8 * total, **meta), h, *up)
 
 
 def _by_descriptors(arch, dtype, everything, adapters, record, x, weight, vector, gain, echo, dropout):

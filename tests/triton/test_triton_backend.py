@@ -23,7 +23,8 @@ def test_chosen_for_gpu_tensors_only(monkeypatch):
     chosen = lambda device: backends.choose("echo_lora_linear", None, device)  # noqa: E731
     assert chosen(torch.device("cuda")).keywords == {"backend": "triton"}
     assert chosen(torch.device("cpu")) is chosen(None) is reference.echo_lora_linear
-    assert backends.choose("echo_network", None, torch.device("cuda")).__module__.endswith("reference")
+    assert backends.choose("echo_networks", None, torch.device("cuda")).keywords == {"backend": "triton"}
+    assert backends.choose("echo_distillation", None, torch.device("cuda")).__module__.endswith("reference")
 
 
 def test_unavailable_without_gpu_and_interpreter():

@@ -110,3 +110,22 @@ def add_outside_gain(
         m_y = m_m[:, None] & m_n[None, :]
         b_y += b_mask[:, None] * tl.load(delta + o_delta, mask=m_y, other=0.0).to(ACC)
     return b_y
+
+
+@triton.jit
+def tanh(b_x):
+    """tanh, to about the last bit near 0 too, where 1 - 2 / (exp(2 x) + 1) would lose what is small against 1.
+
+    Triton's interpreter has no libdevice. The coefficients are those of Cephes' tanh and tanhf.
+    """
+    b_z = b_x * b_x
+    if b_x.dtype == tl.float64:
+        b_p = (-9.64399179425052238628e-1 * b_z - 9.92877231001918586564e1) * b_z - 1.61468768441708447952e3
+        b_q = ((b_z + 1.12811678491632931402e2) * b_z + 2.23548839060100448583e3) * b_z + 4.84406305325125486048e3
+        b_tail = b_p / b_q
+    else:
+        b_tail = ((-5.70498872745e-3 * b_z + 2.06390887954e-2) * b_z - 5.37397155531e-2) * b_z + 1.33314422036e-1
+        b_tail = b_tail * b_z - 3.33332819422e-1
+    b_size = tl.abs(b_x)
+    b_large = 1 - 2 / (tl.exp(2 * b_size) + 1)
+    return tl.where(b_size < 0.625, b_x + b_x * b_z * b_tail, tl.where(b_x < 0, -b_large, b_large))

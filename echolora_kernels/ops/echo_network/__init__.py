@@ -1,1 +1,0 @@
-"""Projection and gate that turn the pooled boundary state into one echo vector per sample."""

@@ -1,0 +1,1 @@
+"""Projections and gates that turn the pooled boundary states into the echo vectors of every target module."""
