@@ -28,7 +28,7 @@ class EchoNetwork(nn.Module):
 
     Attributes:
         proj_down: W1 [m, d]. proj_up: W2 [out_features, m]. gate_down: U1 [m, d]. gate_up: U2 [out_features, m] and c.
-        scale: lambda, a scalar parameter.
+        scale: lambda, [1].
 
     Raises:
         ValueError: a size is not at least 1.
@@ -54,7 +54,7 @@ class EchoNetwork(nn.Module):
         self.proj_up = nn.Linear(bottleneck, out_features, bias=False, **kind)
         self.gate_down = nn.Linear(width, bottleneck, bias=False, **kind)
         self.gate_up = nn.Linear(bottleneck, out_features, bias=True, **kind)
-        self.scale = nn.Parameter(torch.full((), scale, **kind))
+        self.scale = nn.Parameter(torch.full((1,), scale, **kind))  # FSDP2 cannot shard a scalar
         nn.init.zeros_(self.proj_up.weight)  # zeroing proj_down as well would zero every gradient for ever
         nn.init.zeros_(self.gate_up.weight)
         nn.init.constant_(self.gate_up.bias, gate_bias)
@@ -68,5 +68,5 @@ class EchoNetwork(nn.Module):
             self.gate_down.weight,
             self.gate_up.weight,
             self.gate_up.bias,
-            self.scale,
+            self.scale.squeeze(),
         )

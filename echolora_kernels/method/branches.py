@@ -30,11 +30,7 @@ def echoes_of(echo_lora: EchoLoRA, states: BoundaryStates, mask: torch.Tensor) -
     echoes = {}
     for key, network in echo_lora.echo_networks.items():
         parameter = next(network.parameters())
-        delta = network(u.to(parameter))
-        if config.dora_echo == "inside":
-            gain = echo_lora.targets[key].gain()
-            delta = delta if gain is None else gain * delta
-        echoes[key] = Echo(delta, mask.to(parameter.device), config.site)
+        echoes[key] = Echo(network(u.to(parameter)), mask.to(parameter.device), config.site)
     return echoes
 
 

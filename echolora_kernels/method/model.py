@@ -63,7 +63,8 @@ class EchoLoRA(nn.Module):
         self.echo_networks = nn.ModuleDict(networks)
         self.targets: dict[str, AdaptedLinear] = targets
         self.source_blocks = [blocks[layer] for layer in self.source_layers]
-        self.injector = Injector(targets, [blocks[layer] for layer in self.target_layers])
+        target_blocks = [blocks[layer] for layer in self.target_layers]
+        self.injector = Injector(targets, target_blocks, config.dora_echo == "inside")
         self._echo_off = self._removed = False
         self._warned_unsupervised = self._warned_skipped = self._told_two_pass = False
         self.train(model.training)
