@@ -23,7 +23,7 @@ def moving(net):
 
 def test_parameters():
     shapes = {name: tuple(p.shape) for name, p in EchoNetwork(5, 4).named_parameters()}
-    assert shapes == dict(zip(NAMES, [(64, 5), (4, 64), (64, 5), (4, 64), (4,), ()], strict=True))
+    assert shapes == dict(zip(NAMES, [(64, 5), (4, 64), (64, 5), (4, 64), (4,), (1,)], strict=True))
 
 
 def test_initial_values():
