@@ -7,6 +7,7 @@ FOLDER is where both write to, MODEL and DATA are those of `folders`.
 
 import dataclasses
 import json
+import shutil
 import sys
 import traceback
 import warnings
@@ -32,6 +33,7 @@ from cases import (
     wrapped,
 )  # fmt: skip
 from folders import Silent, run_settings
+from runs import assert_same_run, cut
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -194,10 +196,14 @@ def accelerate_prepares_it(mode, folder):
         one.load_state_dict(two.state_dict())
 
 
+def settings_of_runs():
+    return dataclasses.replace(run_settings(*sys.argv[2:]), dropout=0.0)
+
+
 @check(("lora",), ("echo-dora",))
 def a_broken_run_ends_as_the_unbroken_one(method, folder):
     """With dropout: a resumed run draws the masks that the unbroken one drew."""
-    settings = dataclasses.replace(run_settings(*sys.argv[2:]), method=method, dropout=0.3, steps=6)
+    settings = dataclasses.replace(settings_of_runs(), method=method, dropout=0.3, steps=6)
     whole, broken = folder / f"{method}-whole", folder / f"{method}-broken"
     metrics = train(settings, whole, Silent(), save_every=2)
     with pytest.raises(KeyboardInterrupt):  # in both, as torchrun passes an interrupt on
@@ -225,8 +231,19 @@ def _stopped_after(step, settings, output):
 
 
 @check(())
+def two_processes_go_on_from_the_checkpoint_of_one(folder):
+    """The fixture that starts this left a finished run in `one`."""
+    copy = folder / "copy"
+    if dist.get_rank() == 0:
+        cut(shutil.copytree(folder / "one", copy))
+    dist.barrier()
+    assert train(settings_of_runs(), copy, Silent(), resume=True)["processes"] == 2
+    assert_same_run(copy, folder / "one")
+
+
+@check(())
 def a_step_of_one_sample_leaves_the_other_process_without(folder):
-    settings = dataclasses.replace(run_settings(*sys.argv[2:]), batch_size=1, accumulate=1, steps=3)
+    settings = dataclasses.replace(settings_of_runs(), batch_size=1, accumulate=1, steps=3)
     history = train(settings, folder / "one-sample", Silent())["history"]
     assert all(record["loss"] > 0 and record["grad_norm"] > 0 for record in history)
 
@@ -235,7 +252,7 @@ def a_step_of_one_sample_leaves_the_other_process_without(folder):
 def what_the_first_process_refuses_all_refuse(folder):
     (folder / "occupied" / "adapter").mkdir(parents=True, exist_ok=True)
     with pytest.raises(FileExistsError, match="--resume"):
-        train(run_settings(*sys.argv[2:]), folder / "occupied", Silent())
+        train(settings_of_runs(), folder / "occupied", Silent())
 
 
 @check(())
@@ -249,7 +266,7 @@ def a_loss_that_is_no_number_in_one_process_stops_all(folder):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(NonFiniteLoss, match="loss became nan at step 3"):
         patch.setattr(loop.Trainer, "_run", poisoned)
-        train(run_settings(*sys.argv[2:]), folder / "poisoned", Silent())
+        train(settings_of_runs(), folder / "poisoned", Silent())
 
 
 @check(())
