@@ -35,12 +35,15 @@ from cases import (
 from folders import Silent, run_settings
 from runs import assert_same_run, cut
 from safetensors.torch import load_file
+from tiny import pad, sample
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_state_dict,
 )  # fmt: skip
+from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from echolora_kernels import NonFiniteLoss
 from echolora_kernels.training import loop
@@ -176,6 +179,11 @@ def outside_of_training_it_is_the_plain_model(wrapper, mode, folder):
     ids = batches(0)[0][0]["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(two(ids).logits, one(ids).logits, rtol=1e-12, atol=1e-12)
+    inner = getattr(two, "module", two)
+    if wrapper == "fsdp2":
+        register_fsdp_forward_method(inner, "generate")
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(inner.generate(**prompt), one.generate(**prompt))
 
 
 @check(*((mode,) for mode in MODES))
@@ -267,6 +275,30 @@ def a_loss_that_is_no_number_in_one_process_stops_all(folder):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(NonFiniteLoss, match="loss became nan at step 3"):
         patch.setattr(loop.Trainer, "_run", poisoned)
         train(settings_of_runs(), folder / "poisoned", Silent())
+
+
+@check(("shared",))
+def transformers_trainer_wraps_it(mode, folder):
+    """Each epoch is one step of all samples, two in each process, whatever their order."""
+    one, two = model(mode), model(mode)
+    samples = [sample(*lengths) for lengths in ((5, 3), (8, 2), (3, 4), (4, 6))]
+    arguments = TrainingArguments(
+        output_dir=folder / "trainer", use_cpu=True, per_device_train_batch_size=2, max_steps=3, learning_rate=0.01,
+        lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, report_to=[], save_strategy="no",
+        remove_unused_columns=False, disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(model=two, args=arguments, train_dataset=samples, data_collator=pad, callbacks=[AdvanceEcho()]).train()
+    optimizer = torch.optim.SGD(trainable(one), lr=0.01)
+    for _ in range(3):
+        one(**pad(samples)).loss.backward()
+        _update(one, optimizer)
+    assert two.step == 3
+    assert_same(values(two), values(one), 1e-9)
+
+
+class AdvanceEcho(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.advance()
 
 
 @check(())
