@@ -126,17 +126,15 @@ def train(
         right = 0.0
         with observer.batches(text, len(held_out)) as on_batch:
             if mine:
-                right = (
-                    len(mine)
-                    * exact_match(
-                        model,
-                        tokenizer,
-                        mine,
-                        batch_size=eval_batch_size,
-                        max_new_tokens=max_new_tokens or room_for(sample_of(tokenizer, q) for q in held_out),
-                        on_batch=lambda done: on_batch(len(held_out) * done // len(mine)),
-                    )[0]
+                part, _ = exact_match(
+                    model,
+                    tokenizer,
+                    mine,
+                    batch_size=eval_batch_size,
+                    max_new_tokens=max_new_tokens or room_for(sample_of(tokenizer, q) for q in held_out),
+                    on_batch=lambda done: on_batch(len(held_out) * done // len(mine)),
                 )
+                right = part * len(mine)
         return round(processes.sums([right])[0]) / len(held_out)
 
     before = earlier["accuracy_before"] if earlier else accuracy(base, "accuracy before")
