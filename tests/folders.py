@@ -63,6 +63,10 @@ def data_file(tmp_path_factory):
 
 @pytest.fixture
 def settings(model_folder, data_file):
+    return run_settings(model_folder, data_file)
+
+
+def run_settings(model_folder, data_file):
     return TrainSettings(
         model=str(model_folder), data=str(data_file), steps=12, batch_size=3, accumulate=2, lr=5e-3, rank=4,
         dropout=0.1, eval_size=10, device="cpu", echo=EchoConfig(bottleneck=8, scale=1.0, gate_bias=0.0),

@@ -32,9 +32,20 @@ def test_code_blocks_run(block, tmp_path, monkeypatch):
     exec(compile(block, "block", "exec"), {**at_hand, "optimizer": optimizer})
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
-def test_examples_run(example, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("example", "argument"),
+    [
+        *((path.name, "") for path in sorted((ROOT / "examples").glob("*.py"))),
+        ("several_processes.py", "fsdp2"),
+    ],
+)
+def test_examples_run(example, argument, tmp_path, monkeypatch):
+    """Those for several processes in one, as torchrun would start it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [example, argument])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    example = ROOT / "examples" / example
     runpy.run_path(str(example), run_name="__main__")
 
 

@@ -21,7 +21,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        sys.exit(f"echolora: {_one_line(error)} (--debug shows where)")
+        rank = os.environ.get("RANK", "0")  # of several processes, whose messages come in one terminal
+        where = "" if rank == "0" else f" (rank {rank})"
+        sys.exit(f"echolora{where}: {_one_line(error)} (--debug shows where)")
 
 
 def _one_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ from typer import Option
 
 from ..method.config import EchoConfig
 from ..training.checkpoint import latest_checkpoint
+from ..training.processes import launched
 from ..training.settings import DEFAULT_TARGETS, TrainSettings, want_counts
 from .show import RunDisplay, print_summary, quiet_libraries
 
@@ -144,8 +145,11 @@ def train(
             max_new_tokens=max_new_tokens,
         )
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; {_way_on(output / CHECKPOINTS, overwrite)}", err=True)
+        if launched()[0] == 0:
+            typer.echo(f"interrupted; {_way_on(output / CHECKPOINTS, overwrite)}", err=True)
         raise typer.Exit(130) from None
+    if launched()[0] > 0:  # the first process shows the results
+        return
     if json_output:
         typer.echo(json.dumps({key: value for key, value in metrics.items() if key != "history"}, indent=2))
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -39,6 +41,23 @@ def hidden_width(model: nn.Module) -> int:
     if embedding is None:
         raise ValueError("model: the width of its blocks is unknown; give it a `config` with `hidden_size`")
     return embedding.embedding_dim
+
+
+def gather_in_backward(block: nn.Module, *tensors: torch.Tensor) -> None:
+    """Where FSDP2 shards `block`, gather its parameters when a gradient of one of `tensors` comes.
+
+    FSDP2 itself waits for a gradient of the block's output, which has none where only its keys and values are used.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    sharded = [] if fsdp is None else [m for m in block.modules() if isinstance(m, fsdp.FSDPModule)]
+
+    def gather(gradient: torch.Tensor) -> None:
+        for module in sharded:
+            module.unshard()
+
+    for tensor in tensors:
+        if sharded and tensor.requires_grad:
+            tensor.register_hook(gather)
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -86,8 +86,8 @@ def repeated_cache(cache: Any, length: int, times: int) -> Any:
     """The first `length` positions of `cache`, `times` over along the batch: a new cache, in the same graph."""
     result = new_cache()
     for index, layer in enumerate(cache.layers):
-        if length > 0:
-            result.update(*(_repeated(t[:, :, :length], times) for t in (layer.keys, layer.values)), index)
+        # also where length is 0: ranks whose parameters are sharded must all have the same graph
+        result.update(*(_repeated(t[:, :, :length], times) for t in (layer.keys, layer.values)), index)
     return result
 
 

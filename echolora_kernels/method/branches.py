@@ -49,8 +49,7 @@ def echoes_of(echo_lora: EchoLoRA, states: BoundaryStates, mask: torch.Tensor) -
         parameter = next(networks.parameters())
         here = mask.to(parameter.device)
         for name, delta in networks(u.to(parameter)).items():
-            gain = echo_lora.targets[name].gain() if config.dora_echo == "inside" else None
-            echoes[name] = Echo(delta if gain is None else gain * delta, here, config.site)
+            echoes[name] = Echo(delta, here, config.site)
     return echoes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,18 +24,22 @@ class Injector:
     Args:
         targets: the adapted linears, by the key of their echo network.
         blocks: the blocks that contain them.
+        scaled: whether an echo is multiplied by the module's DoRA gain.
     """
 
-    def __init__(self, targets: dict[str, AdaptedLinear], blocks: Iterable[nn.Module]) -> None:
+    def __init__(self, targets: dict[str, AdaptedLinear], blocks: Iterable[nn.Module], scaled: bool = False) -> None:
+        self._targets, self._scaled = targets, scaled
         self._blocks: list[Any] = list(blocks)  # with transformers' checkpointing attributes
         self._current: EchoPass | None = _OUTSIDE
         self._unfinished = False  # an ON pass has run whose backward pass may still come
         self._handles = [target.install(EchoReader(self, key)) for key, target in targets.items()]
 
     def read(self, key: str) -> Echo | None:
-        """The echo of one module now."""
+        """The echo of one module now. Only the module itself asks: elsewhere its parameters may be sharded."""
         if self._current is not _OUTSIDE:
-            return None if self._current is None else self._current[key]
+            echo = None if self._current is None else self._current[key]
+            gain = None if echo is None or not self._scaled else self._targets[key].gain()
+            return echo if echo is None or gain is None else dataclasses.replace(echo, delta=gain * echo.delta)
         if self._unfinished and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "a block is recomputed in the backward pass by a kind of checkpointing that cannot carry the echo; "

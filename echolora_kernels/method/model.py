@@ -72,7 +72,8 @@ class EchoLoRA(nn.Module):
         self.echo_networks = nn.ModuleList(networks)
         self.targets: dict[str, AdaptedLinear] = targets
         self.source_blocks = [blocks[layer] for layer in self.source_layers]
-        self.injector = Injector(targets, [blocks[layer] for layer in self.target_layers])
+        target_blocks = [blocks[layer] for layer in self.target_layers]
+        self.injector = Injector(targets, target_blocks, config.dora_echo == "inside")
         self._echo_off = self._removed = False
         self._warned_unsupervised = self._warned_skipped = False
         self._told_forms: set[str] = set()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..integrations.blocks import decoder_blocks, gather_in_backward
 from ..integrations.caches import new_cache, repeated_cache, run_with_cache, why_no_cache
 from ..integrations.heads import without_logits
 from ..losses import EchoLosses
@@ -53,6 +54,7 @@ def shared_step(
     cache = new_cache()
     with recording, echo_lora.injector.injecting(None), without_logits(model):
         run_with_cache(model, prompt.ids, prompt.mask, prompt.positions, cache, 1)
+    gather_in_backward(decoder_blocks(model)[1][-1], cache.layers[-1].keys, cache.layers[-1].values)
 
     branches = 2 if routed else 1
     echoes = None

@@ -41,7 +41,6 @@ def save_checkpoint(
     step: int,
     parameters: Iterable[tuple[str, nn.Parameter]],
     optimizer: torch.optim.Optimizer,
-    generators: dict[str, torch.Tensor],
     state: dict[str, Any],
     keep: int,
 ) -> Path:
@@ -49,7 +48,6 @@ def save_checkpoint(
 
     Args:
         parameters: names and trainable parameters; the optimizer's state is stored under the same names.
-        generators: states of the random generators at the end of `step`.
         state: JSON values that belong to it.
     """
     parameters = list(parameters)
@@ -66,7 +64,6 @@ def save_checkpoint(
         for key, value in optimizer.state.get(parameter, {}).items()
     }
     save_file(moments, unfinished / "optimizer.safetensors")
-    save_file(generators, unfinished / "generators.safetensors")
     (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)
@@ -75,19 +72,18 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(
-    path: Path, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Put weights, optimizer state and random generators back; returns the JSON state.
+def read_checkpoint(
+    path: Path, parameters: Iterable[tuple[str, nn.Parameter]]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights, optimizer state and JSON state, for `restore`.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or holds other parameters; then nothing was changed.
+        CheckpointError: a file is missing or damaged, or holds other parameters than `parameters`.
     """
     named = dict(parameters)
     try:
         weights = load_file(path / "weights.safetensors")
         moments = load_file(path / "optimizer.safetensors")
-        generators = load_file(path / "generators.safetensors")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {_ADVICE}") from error
     state = read_state(path)
@@ -98,8 +94,19 @@ def load_checkpoint(
     )
     if differing:
         raise CheckpointError(f"{path}: belongs to another model; parameters that differ: {', '.join(differing)}")
-    if "cpu" not in generators or not {key.rpartition("/")[0] for key in moments} <= named.keys():
+    if not {key.rpartition("/")[0] for key in moments} <= named.keys():
         raise CheckpointError(f"{path}: does not hold what a checkpoint holds; {_ADVICE}")
+    return weights, moments, state
+
+
+def restore(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    optimizer: torch.optim.Optimizer,
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+) -> None:
+    """Put weights and optimizer state back."""
+    named = dict(parameters)
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(weights[name])
@@ -109,10 +116,6 @@ def load_checkpoint(
         parameter = named[name]
         # AdamW keeps its step counter on the CPU
         optimizer.state[parameter][moment] = value if moment == "step" else value.to(parameter.device)
-    torch.set_rng_state(generators["cpu"])
-    if "cuda" in generators and torch.cuda.is_available():
-        torch.cuda.set_rng_state(generators["cuda"])
-    return state
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -140,11 +143,3 @@ def read_json(path: Path, names: Iterable[str], advice: str) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}; {advice}")
     return state
-
-
-def generator_states() -> dict[str, torch.Tensor]:
-    """Of the random generators, as they are now."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states

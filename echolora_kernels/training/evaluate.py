@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from .data import Question, sample_of
+from .data import Question, Sample, sample_of
 
 _ANSWER_IS = re.compile(r".*\banswer is:?\s+", re.DOTALL | re.IGNORECASE)
 
@@ -16,6 +16,11 @@ _ANSWER_IS = re.compile(r".*\banswer is:?\s+", re.DOTALL | re.IGNORECASE)
 def normalise_answer(text: str) -> str:
     """The answer in `text`: what follows "answer is" if that occurs, without case, outer space and final stops."""
     return _ANSWER_IS.sub("", text).strip().rstrip(".!").strip().casefold()
+
+
+def room_for(samples: Iterable[Sample]) -> int:
+    """Tokens to generate at most: as many as the longest target has, and two more."""
+    return max(len(sample.input_ids) - sample.prompt_length for sample in samples) + 1  # with its end-of-text
 
 
 @torch.no_grad()
@@ -41,7 +46,7 @@ def exact_match(
     """
     samples = [sample_of(tokenizer, question) for question in questions]
     if max_new_tokens is None:
-        max_new_tokens = max(len(sample.input_ids) - sample.prompt_length for sample in samples) + 1
+        max_new_tokens = room_for(samples)
     was_training, texts = model.training, [""] * len(questions)
     model.eval()
     prompts = [sample.input_ids[: sample.prompt_length] for sample in samples]

@@ -17,8 +17,9 @@ from ..errors import CheckpointError, NonFiniteLoss
 from ..losses import echo_distillation
 from ..method.model import EchoLoRA
 from ..ops.echo_distillation import IGNORE_INDEX
-from .checkpoint import generator_states, latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import latest_checkpoint, read_checkpoint, restore, save_checkpoint
 from .data import Sample, collate, step_samples
+from .processes import Processes
 from .settings import TrainSettings
 
 
@@ -30,6 +31,7 @@ class StepRecord:
         step: counted from 1. loss, loss_off, loss_on, loss_kd: nats a supervised token; None where not computed.
         routed: whether the ON branch ran. echo_probability: p_k, or 0 for plain methods.
         learning_rate, grad_norm: before clipping. tokens: real tokens of the step. seconds: of the step.
+        Of all processes together, but `seconds`.
         skipped_samples: samples without a supervised token.
     """
 
@@ -56,6 +58,7 @@ class Trainer:
         folder: of the checkpoints. save_every: steps between them; the last step always saves.
         keep: how many checkpoints stay.
         extra_state: JSON values stored with every checkpoint.
+        processes: those that share each step's samples; the first one alone reads and writes checkpoints.
     """
 
     def __init__(
@@ -69,24 +72,25 @@ class Trainer:
         save_every: int = 25,
         keep: int = 2,
         extra_state: dict[str, Any] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.model, self.samples, self.pad_token_id = model, samples, pad_token_id
         self.settings, self.folder, self.save_every, self.keep = settings, folder, save_every, keep
-        self.extra_state = extra_state or {}
+        self.extra_state, self.processes = extra_state or {}, processes or Processes()
         self.parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [p for _, p in self.parameters], lr=settings.lr, weight_decay=settings.weight_decay
         )
         self.history: list[StepRecord] = []
-        checkpoint = latest_checkpoint(folder)
-        if checkpoint is not None:
-            state = load_checkpoint(checkpoint, self.parameters, self.optimizer)
-            self.history = _history(checkpoint, state["history"])
+        self.processes.copy_first(p for _, p in self.parameters)
+        saved = self.processes.from_first(self._read_last)
+        if saved is not None:
+            weights, moments, self.history = saved
+            restore(self.parameters, self.optimizer, weights, moments)
             if isinstance(model, EchoLoRA):
                 model.step = self.step
         self._saved = self.step
         self._consistent = True  # parameters, optimizer and history are those of the last complete step
-        self._generators = generator_states()
 
     @property
     def step(self) -> int:
@@ -104,7 +108,6 @@ class Trainer:
         while self.step < self.settings.steps:
             record = self._take_step(self.step)
             self.history.append(record)
-            self._generators = generator_states()
             self._consistent = True
             if self.step % self.save_every == 0 or self.step == self.settings.steps:
                 self._save()
@@ -115,12 +118,22 @@ class Trainer:
         if self._consistent and self.step > self._saved:
             self._save()
 
+    def _read_last(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[StepRecord]] | None:
+        checkpoint = latest_checkpoint(self.folder)
+        if checkpoint is None:
+            return None
+        weights, moments, state = read_checkpoint(checkpoint, self.parameters)
+        return weights, moments, _history(checkpoint, state["history"])
+
     def _take_step(self, step: int) -> StepRecord:
         settings, started = self.settings, time.perf_counter()
         learning_rate = settings.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        processes = self.processes
+        processes.seed(settings.seed, step)
         chosen = step_samples(self.samples, step, settings.batch_size * settings.accumulate, settings.seed)
+        chosen = processes.share(chosen)
         device = self.parameters[0][1].device
         batches = [
             {
@@ -129,17 +142,19 @@ class Trainer:
             }
             for start in range(0, len(chosen), settings.batch_size)
         ]
-        num_items = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
-        sums: dict[str, float] = {}
-        skipped = 0
+        items = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+        num_items = int(processes.sums([items])[0])
+        sums = dict.fromkeys(("loss", "loss_off", "loss_on", "loss_kd", "skipped_samples", "tokens"), 0.0)
         for batch in batches:
             output = self._run(batch, num_items)
             for name in ("loss", "loss_off", "loss_on", "loss_kd"):
-                if output[name] is not None:
-                    sums[name] = sums.get(name, 0.0) + output[name].item()
-            self._check_finite(step, "loss", sums["loss"])
-            skipped += output["skipped_samples"]
+                sums[name] += 0.0 if output[name] is None else output[name].item()
+            sums["skipped_samples"] += output["skipped_samples"]
+            sums["tokens"] += int(batch["attention_mask"].sum())
             output["loss"].backward()
+        sums = dict(zip(sums, processes.sums(sums.values()), strict=True))
+        self._check_finite(step, "loss", sums["loss"])
+        processes.sum_gradients([p for _, p in self.parameters])
         grad_norm = float(nn.utils.clip_grad_norm_([p for _, p in self.parameters], settings.max_grad_norm))
         self._check_finite(step, "gradient norm", grad_norm)
         routing = (self.model.routed, self.model.echo_probability) if isinstance(self.model, EchoLoRA) else (False, 0.0)
@@ -152,15 +167,15 @@ class Trainer:
             step=step + 1,
             loss=sums["loss"],
             loss_off=sums["loss_off"],
-            loss_on=sums.get("loss_on"),
-            loss_kd=sums.get("loss_kd"),
+            loss_on=sums["loss_on"] if routing[0] else None,
+            loss_kd=sums["loss_kd"] if routing[0] else None,
             routed=routing[0],
             echo_probability=routing[1],
             learning_rate=learning_rate,
             grad_norm=grad_norm,
-            tokens=sum(int(batch["attention_mask"].sum()) for batch in batches),
+            tokens=int(sums["tokens"]),
             seconds=time.perf_counter() - started,
-            skipped_samples=skipped,
+            skipped_samples=int(sums["skipped_samples"]),
         )
 
     def _run(self, batch: dict[str, torch.Tensor], num_items: int) -> dict[str, Any]:
@@ -187,12 +202,13 @@ class Trainer:
         for name, parameter in self.parameters:  # an update with finite gradients can still overflow
             if not parameter.isfinite().all():
                 raise self._not_finite(self.step, f"parameter {name}", "not finite")
-        state = {
-            "settings": self.settings.to_dict(),
-            "history": [dataclasses.asdict(record) for record in self.history],
-            **self.extra_state,
-        }
-        save_checkpoint(self.folder, self.step, self.parameters, self.optimizer, self._generators, state, self.keep)
+        if self.processes.first:
+            state = {
+                "settings": self.settings.to_dict(),
+                "history": [dataclasses.asdict(record) for record in self.history],
+                **self.extra_state,
+            }
+            save_checkpoint(self.folder, self.step, self.parameters, self.optimizer, state, self.keep)
         self._saved = self.step
 
 

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import shutil
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +20,11 @@ from ..errors import CheckpointError
 from ..integrations.transformers import load_model
 from ..method.model import EchoLoRA
 from .checkpoint import latest_checkpoint, read_json, read_state
-from .data import Sample, collate, encode, load_questions
-from .evaluate import exact_match
+from .data import Sample, collate, encode, load_questions, sample_of
+from .evaluate import exact_match, room_for
 from .loop import StepRecord, Trainer
 from .plot import plot_losses
+from .processes import Processes, launched
 from .settings import ALL_LINEAR, TrainSettings, want, want_counts
 
 ADAPTER, CHECKPOINTS, METRICS, PLOT = "adapter", "checkpoints", "metrics.json", "loss.png"
@@ -46,6 +48,20 @@ class Observer(Protocol):
         """Pass the records through, showing them."""
 
 
+class Unwatched:
+    """Shows nothing: the observer of every process but the first."""
+
+    def stage(self, text: str) -> None:
+        pass
+
+    @contextmanager
+    def batches(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda done: None
+
+    def training(self, records: Iterator[StepRecord], total: int, done: int) -> Iterable[StepRecord]:
+        return records
+
+
 def train(
     settings: TrainSettings,
     output: str | Path,
@@ -59,6 +75,9 @@ def train(
     max_new_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Fine-tune, and write an ordinary PEFT adapter, metrics.json and loss.png into `output`.
+
+    Started by torchrun or accelerate launch, or in a process group, the processes share every step's samples and the
+    evaluation; the first one alone shows, reads and writes. All are to pass the same arguments.
 
     Args:
         settings: what to compute.
@@ -79,8 +98,11 @@ def train(
     output = Path(output)
     want_counts(save_every=save_every, keep=keep, eval_batch_size=eval_batch_size, max_new_tokens=max_new_tokens)
     device = _device(settings.device)
-    earlier = _earlier_run(output, settings, resume, overwrite)
-    if earlier is not None and (output / METRICS).is_file():
+    processes = Processes(device)
+    observer = observer if processes.first else Unwatched()
+    earlier = processes.from_first(lambda: _earlier_run(output, settings, resume, overwrite))
+    if earlier is not None and "accuracy_after" in earlier:  # a finished run
+        processes.leave()
         return earlier
     torch.manual_seed(settings.seed)
     dtype = getattr(torch, settings.dtype)
@@ -100,23 +122,29 @@ def train(
         observer.stage(f"left out {too_long} of {len(questions)} questions longer than {settings.max_length} tokens")
 
     def accuracy(model: nn.Module, text: str) -> float:
+        mine = processes.share(held_out)
+        right = 0.0
         with observer.batches(text, len(held_out)) as on_batch:
-            return exact_match(
-                model,
-                tokenizer,
-                held_out,
-                batch_size=eval_batch_size,
-                max_new_tokens=max_new_tokens,
-                on_batch=on_batch,
-            )[0]
+            if mine:
+                part, _ = exact_match(
+                    model,
+                    tokenizer,
+                    mine,
+                    batch_size=eval_batch_size,
+                    max_new_tokens=max_new_tokens or room_for(sample_of(tokenizer, q) for q in held_out),
+                    on_batch=lambda done: on_batch(len(held_out) * done // len(mine)),
+                )
+                right = part * len(mine)
+        return round(processes.sums([right])[0]) / len(held_out)
 
     before = earlier["accuracy_before"] if earlier else accuracy(base, "accuracy before")
     torch.manual_seed(settings.seed)  # whatever came before, the adapter starts from the same values
     model = with_adapter(base, settings)
     wrapped: nn.Module = EchoLoRA(model, settings.echo) if settings.uses_echo else model
-    if overwrite:  # not before everything that can be refused has been accepted
-        _discard(output)
-    output.mkdir(parents=True, exist_ok=True)
+    if processes.first:
+        if overwrite:  # not before everything that can be refused has been accepted
+            _discard(output)
+        output.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(
         wrapped,
         samples,
@@ -126,23 +154,30 @@ def train(
         save_every=save_every,
         keep=keep,
         extra_state={"accuracy_before": before},
+        processes=processes,
     )
     try:
         for _ in observer.training(trainer.steps(), settings.steps, trainer.step):
             pass
     except KeyboardInterrupt:
-        trainer.save_interrupted()
+        trainer.save_interrupted()  # sends nothing: the other processes may be gone
         raise
 
     if isinstance(wrapped, EchoLoRA):
         wrapped.remove()
     after = accuracy(model, "accuracy after")
-    observer.stage("writing the adapter and loading it back with PEFT")
-    save_adapter(model, output / ADAPTER)
-    difference = reload_difference(model, settings, output / ADAPTER, samples[:4], tokenizer, dtype, device)
-    plot_losses(trainer.history, f"{settings.method} on {Path(settings.data).stem}", output / PLOT)
-    metrics = _metrics(settings, trainer, before, after, difference, len(held_out), too_long)
-    write_json(output / METRICS, metrics)
+
+    def results() -> dict[str, Any]:
+        observer.stage("writing the adapter and loading it back with PEFT")
+        save_adapter(model, output / ADAPTER)
+        difference = reload_difference(model, settings, output / ADAPTER, samples[:4], tokenizer, dtype, device)
+        plot_losses(trainer.history, f"{settings.method} on {Path(settings.data).stem}", output / PLOT)
+        metrics = _metrics(settings, trainer, before, after, difference, len(held_out), too_long)
+        write_json(output / METRICS, metrics)
+        return metrics
+
+    metrics = processes.from_first(results)
+    processes.leave()
     return metrics
 
 
@@ -202,8 +237,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _device(name: str) -> str:
+    _, size, local_rank = launched()
+    if size > 1:
+        want(lambda value: ":" not in value, "cpu, cuda or auto: each process takes a GPU of its own", device=name)
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and size > 1:
+        name = f"cuda:{local_rank}"
     if name != "cpu":
         number = int(name.partition(":")[2] or 0)
         here = torch.cuda.device_count()
@@ -277,6 +317,7 @@ def _metrics(
         "final_loss_off": statistics.fmean(record.loss_off for record in history[-10:]),
         "trainable_parameters": sum(parameter.numel() for _, parameter in trainer.parameters),
         "left_out_too_long": too_long,
+        "processes": trainer.processes.size,
         "skipped_samples": sum(record.skipped_samples for record in history),
         "versions": {"echolora_kernels": __version__, "torch": torch.__version__},
         "settings": settings.to_dict(),

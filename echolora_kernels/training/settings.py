@@ -41,7 +41,8 @@ class TrainSettings:
         rank, alpha, dropout, rslora: of the adapter.
         target_modules: last name parts of the linears that get an adapter (default: those of LLM-Adapters);
             ("all-linear",) takes every linear but the output head.
-        steps: optimizer steps. batch_size: samples a micro-batch. accumulate: micro-batches a step.
+        steps: optimizer steps, each of batch_size * accumulate samples, which all processes share.
+        batch_size: samples a micro-batch, at most. accumulate: micro-batches a step of one process alone.
         lr: peak learning rate; it rises over `warmup` of the steps and falls linearly to 0.
         weight_decay, max_grad_norm: of AdamW and of the clipping.
         max_length: tokens; longer samples are left out and counted.

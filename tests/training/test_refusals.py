@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, settings, damage):
     elif damage == "binary":
         state.write_bytes(b"\xff\xff")
     elif damage == "other":
-        shutil.copy(folder / "generators.safetensors", folder / "weights.safetensors")
+        shutil.copy(folder / "optimizer.safetensors", folder / "weights.safetensors")
     else:
         state.write_text(
             json.dumps({name: value for name, value in json.loads(state.read_text()).items() if name != damage})
