@@ -7,7 +7,6 @@ operator computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from .dropout import Dropout
 from .echo import Echo
 from .kernels import AdapterGradients
 from .projection import Projection
-from .rows import accumulator_dtype, one_sample
+from .rows import accumulator_dtype, add_product, flat, without_autocast
 
 _SITES = {"none": 0, "adapter_input": 1, "rank": 2, "output": 3}
 
@@ -33,7 +32,7 @@ class CompiledKernels:
             product alone, rounded once, and the backward pass adds what S B^T contributes to the gain's gradient.
     """
 
-    max_rank: int | None = 256
+    max_rank = 256
 
     def __init__(self, name: str, device_type: str, rounds_s: bool, fused: bool) -> None:
         self.name, self.device_type, self.rounds_s, self.fused = name, device_type, rounds_s, fused
@@ -144,16 +143,16 @@ class CompiledKernels:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """y and its rows, for the epilogue; the product of what the gain applies to; and of x where that is another."""
         y = x.new_empty(shape)
-        flat, transposed, base = _flat(x), weight.t(), None
+        x_flat, transposed, base = flat(x), weight.t(), None
         z = y.view(x.shape[0] * x.shape[1], weight.shape[0])
         rows = y.view(x.shape[0], x.shape[1], weight.shape[0])
         if store_z:
             z = torch.empty_like(z)
-        with _without_autocast(x):
+        with without_autocast(x):
             if gain is not None and dropout.on_base:
-                base = torch.mm(flat, transposed)
-                flat = _operators().drop.default(x, *_drawn(dropout))
-            torch.mm(flat, transposed, out=z)
+                base = torch.mm(x_flat, transposed)
+                x_flat = _operators().drop.default(x, *_drawn(dropout))
+            torch.mm(x_flat, transposed, out=z)
         return y, rows, z, base
 
     def adapter_backward(
@@ -278,26 +277,14 @@ class CompiledKernels:
         """The products with W0 that dX adds up, and those of them that the dropout mask applies to."""
         dx: torch.Tensor | None = None
         of_dropped: torch.Tensor | None = None
-        with _without_autocast(dys[0]):
-            for dy, weight, gain in zip(dys, weights, gains, strict=True):
-                flat = _flat(dy)
-                if gain is not None and dropout.on_base:
-                    of_dropped = _add_product(of_dropped, flat, weight, gain - 1)
-                    gain = None
-                dx = _add_product(dx, flat, weight, gain)
+        for dy, weight, gain in zip(dys, weights, gains, strict=True):
+            dy_flat = flat(dy)
+            if gain is not None and dropout.on_base:
+                of_dropped = add_product(of_dropped, dy_flat, weight, gain - 1)
+                gain = None
+            dx = add_product(dx, dy_flat, weight, gain)
         assert dx is not None
         return dx, of_dropped
-
-
-def _add_product(
-    to: torch.Tensor | None, dy: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor | None
-) -> torch.Tensor:
-    """to + (gain * dy) W0; the gain goes on the smaller of the two."""
-    if gain is not None and len(dy) < weight.shape[1]:
-        dy = (dy * gain).to(dy.dtype)
-    elif gain is not None:
-        weight = (weight * gain.unsqueeze(1)).to(weight.dtype)
-    return torch.mm(dy, weight) if to is None else torch.addmm(to, dy, weight, out=to)
 
 
 def _needed(sums: Sequence[torch.Tensor], needs: Sequence[bool]) -> AdapterGradients:
@@ -307,11 +294,6 @@ def _needed(sums: Sequence[torch.Tensor], needs: Sequence[bool]) -> AdapterGradi
 
 def _operators() -> Any:
     return torch.ops.echolora
-
-
-def _flat(rows: torch.Tensor) -> torch.Tensor:
-    """[n, T, width] as [n * T, width], copied only where the strides forbid a view."""
-    return one_sample(rows).reshape(rows.shape[0] * rows.shape[1], rows.shape[2])
 
 
 def _dense(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -327,11 +309,6 @@ def _thin(adapter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _drawn(dropout: Dropout) -> tuple[torch.Tensor | None, int, float]:
     return dropout.seed, dropout.drop_below, dropout.keep_scale
-
-
-def _without_autocast(like: torch.Tensor) -> Any:
-    kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 CPP = CompiledKernels("cpp", "cpu", rounds_s=False, fused=True)
