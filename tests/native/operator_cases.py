@@ -36,14 +36,15 @@ def make(operator: str, dtype: torch.dtype = torch.float32, n=N, t=T, d_in=D_IN,
         "delta": broad(n, d_out if operator in AT_THE_OUTPUT else d_in),
         "weight": draw(d_out, d_in), "magnitude": broad(d_out),
         "scaling": 0.7, "site": 1, "seed": torch.tensor([5]), "drop_below": DROP_BELOW, "keep_scale": KEEP_SCALE,
-        "store_z": True, "accumulate": True, "add_low_rank": True, **dict.fromkeys(NEEDS, True),
+        "store_z": False, "accumulate": True, "add_low_rank": True, **dict.fromkeys(NEEDS, True),
     }  # fmt: skip
     return {argument.name: values[argument.name] for argument in schema(operator)}
 
 
 def written(operator: str) -> list[str]:
-    """The arguments that the operator may write, by its schema."""
-    return [argument.name for argument in schema(operator) if argument.alias_info and argument.alias_info.is_write]
+    """The arguments that the operator writes, by its schema; z only for CUDA tensors."""
+    may = [argument.name for argument in schema(operator) if argument.alias_info and argument.alias_info.is_write]
+    return [name for name in may if name != "z"]
 
 
 def call(operator: str, arguments: dict) -> dict[str, torch.Tensor]:

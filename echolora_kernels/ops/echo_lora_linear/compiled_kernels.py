@@ -128,7 +128,7 @@ class CompiledKernels:
         site, delta, mask = (0, None, None) if echo is None else (_SITES[echo.site], echo.delta, echo.mask)
         s = _operators().linear_forward.default(
             x, _thin(lora_a, x.dtype), _thin(lora_b, x.dtype), scaling, *_drawn(dropout), site, _dense(delta, wide),
-            _dense(mask, wide), z, base, _dense(gain, wide), _dense(bias, wide), rows, False,
+            _dense(mask, wide), z, base, _dense(gain, wide), _dense(bias, wide), rows,
         )  # fmt: skip
         return s, y, z if store_z else None
 
