@@ -21,6 +21,10 @@ from .errors import BackendUnavailable
 ENVIRONMENT_VARIABLE = "ECHOLORA_BACKEND"
 
 
+def _no_reason() -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """One family of implementations.
@@ -30,16 +34,14 @@ class Backend:
         operators: operator name -> a function that imports the implementation and returns it.
         why_unavailable: probe; None when the backend can run here, else the reason.
         preferred_on: device types on which it is chosen without being named; None for all.
+        why_misconfigured: what the environment asks of it in vain and its first call raises, if anything.
     """
 
     name: str
     operators: dict[str, Callable[[], Callable]]
     why_unavailable: Callable[[], str | None]
     preferred_on: tuple[str, ...] | None = None
-
-
-def _always_available() -> str | None:
-    return None
+    why_misconfigured: Callable[[], str | None] = _no_reason
 
 
 def interpreting() -> bool:
@@ -143,6 +145,7 @@ BACKENDS: tuple[Backend, ...] = (
         operators=_by_kernels("cpp"),
         why_unavailable=native.why_unavailable,
         preferred_on=("cpu",),
+        why_misconfigured=native.why_no_instructions,
     ),
     Backend(
         name="reference",
@@ -152,7 +155,7 @@ BACKENDS: tuple[Backend, ...] = (
             "echo_network": _reference_echo_network,
             "echo_distillation": _reference_echo_distillation,
         },
-        why_unavailable=_always_available,
+        why_unavailable=_no_reason,
     ),
 )
 
@@ -198,8 +201,10 @@ _chosen_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def availability() -> dict[str, str]:
-    """Backend name -> "available", or the reason why it is not."""
-    return {backend.name: backend.why_unavailable() or "available" for backend in BACKENDS}
+    """Backend name -> "available", or the reason why it is not or what its first call will raise."""
+    return {
+        backend.name: backend.why_unavailable() or backend.why_misconfigured() or "available" for backend in BACKENDS
+    }
 
 
 def _by_name(name: str) -> Backend:
