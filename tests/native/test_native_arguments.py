@@ -184,6 +184,11 @@ def test_another_threshold(operator, below):
     assert re.match(f"drop_below: got {below}, wants", refused(operator, {**make(operator), "drop_below": below}))
 
 
+def test_a_z_to_be_stored():
+    arguments = {**make("linear_epilogue"), "store_z": True}
+    assert refused("linear_epilogue", arguments) == "store_z: got True, wants False for CPU tensors"
+
+
 @pytest.fixture(scope="module")
 def of_empty():
     """(operator, which size is 0) -> what is wrong; a crash ends no more than its own case."""
