@@ -26,7 +26,8 @@ CSRC = ROOT / "csrc"
 STABLE_ABI = "0x020b000000000000"  # of torch 2.11, the oldest that the package supports
 
 COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
-KERNELS = ["-ffp-contract=fast", "-fno-math-errno"]
+# aligned, so that a loop's place in its cache lines, a tenth of the time, depends on nothing that stands before it
+KERNELS = ["-ffp-contract=fast", "-fno-math-errno", "-falign-functions=64"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]

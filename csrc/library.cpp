@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(echolora, m) {
   m.def(
       "shrink(Tensor x, Tensor a, float scaling, Tensor? seed, int drop_below, float keep_scale, Tensor? gain, "
       "int site, Tensor? delta, Tensor? mask) -> Tensor");
-  // t = S b^T (+ z);  y = (gain t + (base - z), or t) + bias + mask delta;  store_z: z := t.
+  // t = S b^T (+ z);  y = (gain t + (base - z), or t) + bias + mask delta;  store_z: z := t (CUDA alone).
   // s [M, r], b [N, r]; y [n, T, N], z and base, as many elements, contiguous; z may be y. z absent: the product S b^T alone.
   m.def(
       "linear_epilogue(Tensor s, Tensor b, Tensor(a!)? z, Tensor? base, Tensor? gain, Tensor? bias, Tensor? delta, "
@@ -47,8 +47,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(echolora, m) {
   // shrink and linear_epilogue in one pass over the rows (CPU alone). site 3 is the echo at the output.
   m.def(
       "linear_forward(Tensor x, Tensor a, Tensor b, float scaling, Tensor? seed, int drop_below, float keep_scale, "
-      "int site, Tensor? delta, Tensor? mask, Tensor(a!)? z, Tensor? base, Tensor? gain, Tensor? bias, Tensor(b!) y, "
-      "bool store_z) -> Tensor");
+      "int site, Tensor? delta, Tensor? mask, Tensor? z, Tensor? base, Tensor? gain, Tensor? bias, Tensor(a!) y) -> "
+      "Tensor");
   // adapter_backward with add_low_rank, and lora_a_backward where x is given, and input_epilogue with accumulate where dx is, in one pass
   // over the rows (CPU alone). delta: the echo at the adapter's input; it and need_ddelta share the mask. Last is dA.
   m.def(

@@ -21,6 +21,10 @@ from .errors import BackendUnavailable
 ENVIRONMENT_VARIABLE = "ECHOLORA_BACKEND"
 
 
+def _no_reason() -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """One family of implementations.
@@ -30,12 +34,14 @@ class Backend:
         operators: operator name -> a function that imports the implementation and returns it.
         why_unavailable: probe; None when the backend can run here, else the reason.
         preferred_on: device types on which it is chosen without being named; None for all.
+        why_misconfigured: what the environment asks of it in vain and its first call raises, if anything.
     """
 
     name: str
     operators: dict[str, Callable[[], Callable]]
     why_unavailable: Callable[[], str | None]
     preferred_on: tuple[str, ...] | None = None
+    why_misconfigured: Callable[[], str | None] = _no_reason
     _imported: dict[str, Callable] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def implementation(self, op: str) -> Callable:
@@ -43,10 +49,6 @@ class Backend:
         if op not in self._imported:
             self._imported[op] = self.operators[op]()
         return self._imported[op]
-
-
-def _always_available() -> str | None:
-    return None
 
 
 def interpreting() -> bool:
@@ -176,6 +178,7 @@ BACKENDS: tuple[Backend, ...] = (
         operators=_everything_by("cpp"),
         why_unavailable=native.why_unavailable,
         preferred_on=("cpu",),
+        why_misconfigured=native.why_no_instructions,
     ),
     Backend(
         name="reference",
@@ -185,7 +188,7 @@ BACKENDS: tuple[Backend, ...] = (
             "echo_networks": _reference_echo_networks,
             **{name: functools.partial(_reference_loss, name) for name in LOSSES},
         },
-        why_unavailable=_always_available,
+        why_unavailable=_no_reason,
     ),
 )
 
@@ -231,8 +234,10 @@ _chosen_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def availability() -> dict[str, str]:
-    """Backend name -> "available", or the reason why it is not."""
-    return {backend.name: backend.why_unavailable() or "available" for backend in BACKENDS}
+    """Backend name -> "available", or the reason why it is not or what its first call will raise."""
+    return {
+        backend.name: backend.why_unavailable() or backend.why_misconfigured() or "available" for backend in BACKENDS
+    }
 
 
 def _by_name(name: str) -> Backend:

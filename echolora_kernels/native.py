@@ -38,6 +38,16 @@ def why_unavailable() -> str | None:
     return None
 
 
+@functools.cache
+def why_no_instructions() -> str | None:
+    """What is wrong with the instruction set that ECHOLORA_CPU_ISA names, which the library's first call raises."""
+    try:
+        cpu_instructions()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def cpu_instructions() -> str:
     """The instruction set that the CPU kernels use: "amx", "avx512", "avx2" or "baseline"."""
     return torch.ops.echolora.cpu_instructions()

@@ -6,12 +6,14 @@
 namespace echolora {
 namespace ECHOLORA_ISA {
 
-// Sums over rows are cut into chunks by the number of rows alone, so that any number of threads gives the same bits:
-// eight of them where there are few rows, up to 64 where there are many.
+// Sums over rows are cut into chunks by sizes alone, so that any number of threads gives the same bits: eight of them
+// where there are few rows, up to 64 where there are many, fewer (but eight) where their sums would be large together.
 struct Chunks {
+  static constexpr int64_t MOST_SUMS = 1 << 24;  // 64 MiB of float32
   int64_t count, rows;
-  explicit Chunks(int64_t total) {
-    const int64_t pieces = total / 128 < 8 ? 8 : at_most(total / 128, 64);
+  Chunks(int64_t total, int64_t per_chunk) {
+    const int64_t most = at_most(64, MOST_SUMS / (per_chunk + 1)), wanted = at_most(total / 128, most);
+    const int64_t pieces = wanted < 8 ? 8 : wanted;
     rows = round_up((total + pieces - 1) / pieces, BLOCK_ROWS);
     count = rows == 0 ? 0 : (total + rows - 1) / rows;
   }
@@ -34,10 +36,20 @@ struct Partials {
   A* ddelta(const AdapterBackward& p, int64_t chunk) const { return dgain(p, chunk) + (p.dgain ? width : 0); }
 };
 
+// B's sums of one chunk, by which rows are cut whether they are wanted or not.
+template <class P>
+inline int64_t lora_b_partial(const AdapterBackward& p) {
+  return round_up(p.dy.width, BLOCK_COLS) * P::padded_rank(p.rank);
+}
+
+template <class P>
+inline int64_t adapter_work(const AdapterBackward& p, const Chunks& chunks) {
+  return P::packed_size(p.dy.width, p.rank) + chunks.count * Partials<P>(p, nullptr).per_chunk;
+}
+
 template <class P>
 int64_t adapter_backward_work(const AdapterBackward& p) {
-  const Partials<P> partials(p, nullptr);
-  return P::packed_size(partials.width, p.rank) + Chunks(p.dy.total()).count * partials.per_chunk;
+  return adapter_work<P>(p, Chunks(p.dy.total(), lora_b_partial<P>(p)));
 }
 
 // to[j] += sum_i factor(i, j, lanes) block[i][j] over rows [first, last) and `cols` columns; four sums a column, so that
@@ -171,7 +183,7 @@ inline void each_block(const Chunks& chunks, int64_t total, Parallel parallel, c
 template <class P>
 void adapter_backward(const AdapterBackward& p, Parallel parallel) {
   using A = typename P::A;
-  const Chunks chunks(p.dy.total());
+  const Chunks chunks(p.dy.total(), lora_b_partial<P>(p));
   const Partials<P> partials(p, p.work);
   if (p.ds) pack_all<P>(p.b, p.dy.width, p.rank, p.gain, partials.b, parallel);
   if (p.ddelta) std::memset(p.ddelta, 0, sizeof(A) * p.dy.samples * p.dy.width);
@@ -189,7 +201,7 @@ inline int64_t lora_a_partial(const LoraABackward& p) {
 
 template <class P>
 int64_t lora_a_backward_work(const LoraABackward& p) {
-  return Chunks(p.x.total()).count * lora_a_partial<P>(p);
+  return Chunks(p.x.total(), lora_a_partial<P>(p)).count * lora_a_partial<P>(p);
 }
 
 // Rows [first, first + here): their part of one chunk's sums.
@@ -224,8 +236,8 @@ inline void finish_lora_a(const LoraABackward& p, const Chunks& chunks, int64_t 
 template <class P>
 void lora_a_backward(const LoraABackward& p, Parallel parallel) {
   using A = typename P::A;
-  const Chunks chunks(p.x.total());
   const int64_t partial = lora_a_partial<P>(p);
+  const Chunks chunks(p.x.total(), partial);
   A* sums = static_cast<A*>(p.work);
   each_block<P>(
       chunks, p.x.total(), parallel,
@@ -301,10 +313,21 @@ void input_epilogue(const InputEpilogue& p, Parallel parallel) {
   });
 }
 
+// Where linear_backward keeps its scratch: what adapter_backward wants, A's sums, and A for dx.
+template <class P>
+struct LinearScratch {
+  int64_t partial;  // A's sums of one chunk
+  Chunks chunks;
+  int64_t lora_a, input, size;
+  explicit LinearScratch(const LinearBackward& p)
+      : partial(p.need_a ? lora_a_partial<P>(p.lora_a) : 0),
+        chunks(p.adapter.dy.total(), lora_b_partial<P>(p.adapter) + partial), lora_a(adapter_work<P>(p.adapter, chunks)),
+        input(lora_a + chunks.count * partial), size(input + (p.need_x ? input_epilogue_work<P>(p.input) : 0)) {}
+};
+
 template <class P>
 int64_t linear_backward_work(const LinearBackward& p) {
-  return adapter_backward_work<P>(p.adapter) + (p.need_a ? lora_a_backward_work<P>(p.lora_a) : 0) +
-         (p.need_x ? input_epilogue_work<P>(p.input) : 0);
+  return LinearScratch<P>(p).size;
 }
 
 // The three above in one pass: what one needs of a row is still in the cache when another has left it there.
@@ -312,12 +335,13 @@ template <class P>
 void linear_backward(LinearBackward p, Parallel parallel) {
   using A = typename P::A;
   const int64_t rows = p.adapter.dy.total(), width = p.adapter.dy.width;
-  const Chunks chunks(rows);
-  p.lora_a.work = static_cast<A*>(p.adapter.work) + adapter_backward_work<P>(p.adapter);
-  p.input.work = static_cast<A*>(p.lora_a.work) + (p.need_a ? lora_a_backward_work<P>(p.lora_a) : 0);
+  const LinearScratch<P> scratch(p);
+  const Chunks chunks = scratch.chunks;
+  const int64_t partial = scratch.partial;
+  A* sums = static_cast<A*>(p.adapter.work) + scratch.lora_a;
+  p.lora_a.work = sums;
+  p.input.work = static_cast<A*>(p.adapter.work) + scratch.input;
   const Partials<P> partials(p.adapter, p.adapter.work);
-  A* sums = static_cast<A*>(p.lora_a.work);
-  const int64_t partial = p.need_a ? lora_a_partial<P>(p.lora_a) : 0;
   const int64_t of_b = col_tasks(width), of_a = p.need_a ? col_tasks(p.lora_a.x.width) : 0;
   run(parallel, of_b + (p.need_x ? col_tasks(p.input.width) : 0), [&](int64_t task) {
     if (task >= of_b) pack_wide_task<P>(transposed(p.input.a), p.input.width, p.input.rank, p.input.work, task - of_b);

@@ -105,7 +105,7 @@ Tensor shrink(const Tensor& x, const Tensor& a, double scaling, const Optional& 
 
 LinearEpilogue epilogue_of(const Tensor& s, const Tensor& b, const Optional& z, const Optional& base,
                            const Optional& gain, const Optional& bias, const Optional& delta, const Optional& mask,
-                           const Tensor& y, bool store_z) {
+                           const Tensor& y) {
   const Rows of_y = rows_of(y, "y");
   const ScalarType element = y.scalar_type(), wide = accumulator_of(element);
   const int64_t rows = of_y.total(), width = of_y.width;
@@ -127,15 +127,15 @@ LinearEpilogue epilogue_of(const Tensor& s, const Tensor& b, const Optional& z, 
   want(!delta || mask, "mask", "None", "a tensor where delta is given");
   p.delta = data_of(delta, "delta", wide, p.samples * width, y);
   if (delta) p.mask = data_of(mask, "mask", wide, rows, y);
-  want(z || !(store_z || base), "z", "None", "a tensor where store_z or base is given");
+  want(z || !base, "z", "None", "a tensor where base is given");
   p.y = y.data_ptr();
-  p.store_z = store_z;
   return p;
 }
 
 void linear_epilogue(const Tensor& s, const Tensor& b, const Optional& z, const Optional& base, const Optional& gain,
                      const Optional& bias, const Optional& delta, const Optional& mask, const Tensor& y, bool store_z) {
-  LinearEpilogue p = epilogue_of(s, b, z, base, gain, bias, delta, mask, y, store_z);
+  want(!store_z, "store_z", "True", "False for CPU tensors");
+  LinearEpilogue p = epilogue_of(s, b, z, base, gain, bias, delta, mask, y);
   if (y.numel() == 0) return;
   const Tensor work = work_for(kernels().linear_epilogue_work(p), y);
   p.work = work.data_ptr();
@@ -145,7 +145,7 @@ void linear_epilogue(const Tensor& s, const Tensor& b, const Optional& z, const 
 Tensor linear_forward(const Tensor& x, const Tensor& a, const Tensor& b, double scaling, const Optional& seed,
                       int64_t drop_below, double keep_scale, int64_t site, const Optional& delta, const Optional& mask,
                       const Optional& z, const Optional& base, const Optional& gain, const Optional& bias,
-                      const Tensor& y, bool store_z) {
+                      const Tensor& y) {
   const Dropout dropout = dropout_of(seed, drop_below, keep_scale);
   want_rows_like(x, "x", y, "y");
   const Optional inner = site == 3 ? std::nullopt : delta, outer = site == 3 ? delta : std::nullopt;
@@ -154,7 +154,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& a, const Tensor& b, double 
   const Tensor s = empty({p.shrink.x.total(), p.shrink.rank}, a.scalar_type());
   p.shrink.s = s.data_ptr();
   p.shrink.s_type = type_of(a);
-  p.epilogue = epilogue_of(s, b, z, base, gain, bias, outer, mask, y, store_z);
+  p.epilogue = epilogue_of(s, b, z, base, gain, bias, outer, mask, y);
   if (y.numel() == 0) return shrink(x, a, scaling, seed, drop_below, keep_scale, std::nullopt, site % 3, inner, mask);
   const Tensor work = work_for(kernels().linear_forward_work(p), x);
   p.shrink.work = work.data_ptr();

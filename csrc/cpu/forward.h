@@ -99,17 +99,16 @@ template <class P, bool Z_ALONE>
 struct FinishLinear {
   using A = typename P::A;
   using E = typename P::Element;
-  E *y, *z;  // from the task's first row on
-  const E* base;
+  E* y;  // from the task's first row on
+  const E *z, *base;
   const A *gain, *bias, *delta, *mask;
   int64_t first, per_sample, width;
-  bool store_z;
 
   FinishLinear(const LinearEpilogue& p, int64_t first_row)
-      : y(static_cast<E*>(p.y) + first_row * p.width), z(static_cast<E*>(p.z)), base(static_cast<const E*>(p.base)),
+      : y(static_cast<E*>(p.y) + first_row * p.width), z(static_cast<const E*>(p.z)), base(static_cast<const E*>(p.base)),
         gain(static_cast<const A*>(p.gain)), bias(static_cast<const A*>(p.bias)),
         delta(static_cast<const A*>(p.delta)), mask(static_cast<const A*>(p.mask)), first(first_row),
-        per_sample(p.per_sample), width(p.width), store_z(p.store_z) {
+        per_sample(p.per_sample), width(p.width) {
     if (z) z += first_row * width;
     if (base) base += first_row * width;
   }
@@ -126,7 +125,6 @@ struct FinishLinear {
     if (z) {
       product = load_part(z + at, lanes);
       sum += product;
-      if (store_z) store_part(z + at, sum, lanes);
     }
     if (gain) sum *= load_part(gain + col, lanes);
     if (base) sum += load_part(base + at, lanes) - product;
@@ -143,7 +141,7 @@ inline void linear_rows(const LinearEpilogue& p, int64_t first, int64_t here) {
   alignas(64) Packed s[BLOCK_ROWS * MAX_RANK];
   P::pack_spread(p.s, first, here, p.rank, typename P::A(1), s);
   const Packed* wide = static_cast<const Packed*>(p.work);
-  if (p.z && !p.base && !p.gain && !p.bias && !p.delta && !p.store_z)
+  if (p.z && !p.base && !p.gain && !p.bias && !p.delta)
     P::spread(s, p.rank, wide, p.width, here, p.width, FinishLinear<P, true>(p, first));
   else
     P::spread(s, p.rank, wide, p.width, here, p.width, FinishLinear<P, false>(p, first));

@@ -52,11 +52,9 @@ struct LinearEpilogue {
   int64_t samples, per_sample, width, rank;
   Type type;
   Thin s, b;                                // [total, rank], [width, rank]
-  void* z;                                  // [total, width], element
-  const void* base;                         // [total, width], element
+  const void *z, *base;                     // [total, width], element
   const void *gain, *bias, *delta, *mask;   // [width], [width], [samples, width], [total]
   void* y;                                  // [total, width], element
-  bool store_z;
   void* work;
 };
 

@@ -69,3 +69,13 @@ def test_inductor_round_the_operator(backend, device):
         results.append([y, *torch.autograd.grad(y, [leaves[name] for name in names], case.dy)])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_new_shapes_need_no_new_graph(backend):
+    case = make(backend, site="output", dora=True)
+    compiled = torch.compile(lambda case: case.call(backend), fullgraph=True, backend="aot_eager", dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for n, t in ((4, 30), (4, 31), (4, 50), (6, 50), (7, 40)):  # no two sizes of a case are equal
+        other = make(backend, n=n, t=t, site="output", dora=True)
+        compiled(replace(case, x=other.x, delta=other.delta, mask=other.mask, dy=other.dy))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

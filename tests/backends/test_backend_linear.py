@@ -1,6 +1,7 @@
 """The whole operator against the reference: forward and every gradient."""
 
 import itertools
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -89,14 +90,24 @@ def test_every_combination_of_needed_gradients(backend, dora, site, p, monkeypat
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_as_exact_as_torch(backend, dtype, site, dora, p, monkeypatch, record_property):
-    """Largest and rms error of y and every gradient: at most 1.5 times plain torch's, both against float64."""
+def test_as_exact_as_torch(backend, device, dtype, site, dora, p, monkeypatch, record_property):
+    """Largest and rms error of y and every gradient: at most 1.5 times plain torch's, both against float64.
+
+    Mean over four draws: which of two hundred errors is the largest is a matter of luck in a single one.
+    """
     if reason := why_not(backend, dtype):
         pytest.skip(reason)
-    case = make(backend, n=2, t=93, d_in=150, d_out=141, r=12, site=site, dora=dora, p=p, dtype=dtype)
-    got = case.results(backend)
-    plain = reference_results(backend, case, monkeypatch)
-    ratios = error_ratios(got, plain, case.to(torch.float64).results("reference"))
+    interpreted = backend == "triton" and device.type == "cpu"
+    sizes = (15, 6, 75, 70, 12) if interpreted else (15, 12, 150, 141, 12)
+    found = defaultdict(list)
+    for draw in range(4):
+        torch.manual_seed(draw)
+        case = make(backend, *sizes, site=site, dora=dora, p=p, dtype=dtype)
+        got = case.results(backend)
+        plain = reference_results(backend, case, monkeypatch)
+        for name, pair in error_ratios(got, plain, case.to(torch.float64).results("reference")).items():
+            found[name].append(pair)
+    ratios = {name: tuple(sum(each) / len(each) for each in zip(*pairs, strict=True)) for name, pairs in found.items()}
     record_property("ratios", str(ratios))
     assert max(max(pair) for pair in ratios.values()) <= RATIO, ratios
 

@@ -40,14 +40,15 @@ def make(operator: str, dtype: torch.dtype = torch.float32, n=N, t=T, d_in=D_IN,
         "u": draw(n, d_in), "down": draw(4 * R, d_in), "proj_up": draw(2 * d_out + 1, R), "gate_up": draw(2 * d_out + 1, R),
         "gate_bias": draw(2 * d_out + 1), "scale": draw(2), "widths": [d_out, d_out + 1],
         "ddelta": draw(n * (2 * d_out + 1)), "h": broad(n, 4 * R).tanh(),
-        "store_z": True, "accumulate": True, "add_low_rank": True, **dict.fromkeys(NEEDS, True),
+        "store_z": False, "accumulate": True, "add_low_rank": True, **dict.fromkeys(NEEDS, True),
     }  # fmt: skip
     return {argument.name: values[argument.name] for argument in schema(operator)}
 
 
 def written(operator: str) -> list[str]:
-    """The arguments that the operator may write, by its schema."""
-    return [argument.name for argument in schema(operator) if argument.alias_info and argument.alias_info.is_write]
+    """The arguments that the operator writes, by its schema; z only for CUDA tensors."""
+    may = [argument.name for argument in schema(operator) if argument.alias_info and argument.alias_info.is_write]
+    return [name for name in may if name != "z"]
 
 
 def call(operator: str, arguments: dict) -> dict[str, torch.Tensor]:

@@ -152,8 +152,7 @@ LACKS = [
     ("shrink", "delta", {"site": 1}, "delta and mask: got None, wants tensors for an echo inside the adapter"),
     ("shrink", "mask", {"site": 2}, "delta and mask: got None, wants tensors for an echo inside the adapter"),
     ("linear_epilogue", "mask", {}, "mask: got None, wants .* where delta is given"),
-    ("linear_epilogue", "z", {"base": None}, "z: got None, wants a tensor where store_z or base is given"),
-    ("linear_epilogue", "z", {"store_z": False}, "z: got None, wants a tensor where store_z or base is given"),
+    ("linear_epilogue", "z", {}, "z: got None, wants a tensor where base is given"),
     ("adapter_backward", "s", {}, "s: got None, wants a tensor where need_db .*is set"),
     ("adapter_backward", "z", {}, "z: got None, wants a tensor where need_dgain is set"),
     ("adapter_backward", "mask", {}, "mask: got None, wants a tensor where need_ddelta is set"),
@@ -162,7 +161,7 @@ LACKS = [
     ("input_epilogue", "seed", {}, "seed: got None, wants a tensor where drop_below is not 0"),
     ("linear_forward", "seed", {}, "seed: got None, wants a tensor where drop_below is not 0"),
     ("linear_forward", "mask", {}, "delta and mask: got None, wants tensors for an echo inside the adapter"),
-    ("linear_forward", "z", {}, "z: got None, wants a tensor where store_z or base is given"),
+    ("linear_forward", "z", {}, "z: got None, wants a tensor where base is given"),
     ("linear_backward", "seed", {}, "seed: got None, wants a tensor where drop_below is not 0"),
     ("linear_backward", "a", {}, "a: got None, wants a tensor where dx is given"),
     ("linear_backward", "mask", {"need_ddelta": False}, "mask: got None, wants .* where delta is given"),
@@ -189,6 +188,11 @@ def test_another_site(operator, site):
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if "drop_below" in make(name)])
 def test_another_threshold(operator, below):
     assert re.match(f"drop_below: got {below}, wants", refused(operator, {**make(operator), "drop_below": below}))
+
+
+def test_a_z_to_be_stored():
+    arguments = {**make("linear_epilogue"), "store_z": True}
+    assert refused("linear_epilogue", arguments) == "store_z: got True, wants False for CPU tensors"
 
 
 @pytest.fixture(scope="module")

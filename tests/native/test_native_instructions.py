@@ -44,13 +44,15 @@ def test_an_unknown_name_is_an_error_of_the_layer():
     code = """
 import torch, echolora_kernels as e
 x = torch.ones(2, 3)
-try:
-    e.functional.echo_lora_linear(x, x, None, x, torch.ones(2, 2), 1.0, backend="cpp")
-except RuntimeError as error:
-    print(error)
+print(e.backends.availability()["cpp"])
+for backend in ("cpp", None):
+    try:
+        e.functional.echo_lora_linear(x, x, None, x, torch.ones(2, 2), 1.0, backend=backend)
+    except RuntimeError as error:
+        print(error)
 """
-    said = python(code, ECHOLORA_CPU_ISA="sse9").strip()
-    assert said == f"ECHOLORA_CPU_ISA: got sse9, wants one of {', '.join(instruction_sets())}"
+    said = python(code, ECHOLORA_CPU_ISA="sse9").splitlines()
+    assert said == [f"ECHOLORA_CPU_ISA: got sse9, wants one of {', '.join(instruction_sets())}"] * 3
 
 
 def test_the_kernels_are_right(instructions):

@@ -105,3 +105,25 @@ for threads in (1, 4):
 """
     alone, several = map(int, python(code).split())
     assert several == alone + 3
+
+
+def test_large_sums():
+    """Rows are cut into fewer chunks where the sums of all of them would take much memory, and by sizes alone there."""
+    torch.manual_seed(0)
+    dy, s, b = torch.randn(1, 1, 7000).expand(1, 1500, 7000), torch.randn(1500, 256), torch.randn(7000, 256)
+    needs = (False, True, False, False, False)  # B's gradient
+    compute = torch.ops.echolora.adapter_backward
+    assert_any_number_of_threads_agrees(lambda: {"db": compute(dy, s, b, 1.0, None, None, None, *needs, False)[1]})
+
+
+@pytest.mark.parametrize("of_a", [False, True])
+def test_scratch_is_bounded(of_a):
+    rows, width, r = 4096, 8192, 128
+    dy = torch.ones(()).expand(1, rows, width)  # as x too, so that A's sums are as large
+    s, b = torch.ones(rows, r), torch.ones(width, r)
+    rest = (None, None, 0, 1.0, None, None, None, False, True, False, False, False)
+    with torch.profiler.profile(profile_memory=True) as seen:
+        torch.ops.echolora.linear_backward(dy, s, b, 1.0, None, None, None, dy if of_a else None, *rest)
+    # one chunk's sums of each gradient take 4 MiB, and so does B as the kernel reads it
+    most = 4 * 2**20 * ((2 * 8 if of_a else 16) + 1)
+    assert most / 2 < max(event.cpu_memory_usage for event in seen.events()) <= most

@@ -156,7 +156,7 @@ def check_limits(backend: str, x: torch.Tensor, p: Projection, dropout_p: float,
     if x.dtype not in DTYPES:
         raise TypeError(f"x: got dtype {x.dtype}, wants one of {', '.join(map(str, DTYPES))}")
     rank, most = p.lora_a.shape[0], kernels.max_rank
-    if most is not None and rank > most:
+    if rank > most:
         raise ValueError(f"lora_a: got rank {rank}, wants at most {most} on the {backend} backend")
     if not torch.is_grad_enabled():
         return

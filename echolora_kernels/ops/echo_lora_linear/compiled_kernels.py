@@ -7,7 +7,6 @@ operator computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from .dropout import Dropout
 from .echo import Echo
 from .kernels import AdapterGradients
 from .projection import Projection
-from .rows import accumulator_dtype
+from .rows import accumulator_dtype, add_product, without_autocast
 
 _SITES = {"none": 0, "adapter_input": 1, "rank": 2, "output": 3}
 
@@ -34,7 +33,7 @@ class CompiledKernels:
             product alone, rounded once, and the backward pass adds what S B^T contributes to the gain's gradient.
     """
 
-    max_rank: int | None = 256
+    max_rank = 256
 
     def __init__(self, name: str, device_type: str, rounds_s: bool, fused: bool) -> None:
         self.name, self.device_type, self.rounds_s, self.fused = name, device_type, rounds_s, fused
@@ -131,7 +130,7 @@ class CompiledKernels:
         site, delta, mask = (0, None, None) if echo is None else (_SITES[echo.site], echo.delta, echo.mask)
         s = _operators().linear_forward.default(
             x, _thin(lora_a, x.dtype), _thin(lora_b, x.dtype), scaling, *_drawn(dropout), site, _dense(delta, wide),
-            _dense(mask, wide), z, base, _dense(gain, wide), _dense(bias, wide), y, False,
+            _dense(mask, wide), z, base, _dense(gain, wide), _dense(bias, wide), y,
         )  # fmt: skip
         return s, _shaped(y, shape), z.flatten(0, -2) if store_z else None
 
@@ -145,7 +144,7 @@ class CompiledKernels:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """y, for the epilogue to write; the product of what the gain applies to; and of x where that is another."""
         base = None
-        with _without_autocast(x):
+        with without_autocast(x):
             if gain is not None and dropout.on_base:
                 base = F.linear(x, weight)
                 x = _operators().drop.default(x, *_drawn(dropout)).view(x.shape)
@@ -276,29 +275,13 @@ class CompiledKernels:
         """The products with W0 that dX adds up, and those of them that the dropout mask applies to."""
         dx: torch.Tensor | None = None
         of_dropped: torch.Tensor | None = None
-        with _without_autocast(dys[0]):
-            for dy, weight, gain in zip(dys, weights, gains, strict=True):
-                if gain is not None and dropout.on_base:
-                    of_dropped = _add_product(of_dropped, dy, weight, gain - 1)
-                    gain = None
-                dx = _add_product(dx, dy, weight, gain)
+        for dy, weight, gain in zip(dys, weights, gains, strict=True):
+            if gain is not None and dropout.on_base:
+                of_dropped = add_product(of_dropped, dy, weight, gain - 1)
+                gain = None
+            dx = add_product(dx, dy, weight, gain)
         assert dx is not None
         return dx, of_dropped
-
-
-def _add_product(
-    to: torch.Tensor | None, dy: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor | None
-) -> torch.Tensor:
-    """to + (gain * dy) W0; the gain goes on the smaller of the two."""
-    if gain is not None and dy.numel() < weight.numel():
-        dy = (dy * gain).to(dy.dtype)
-    elif gain is not None:
-        weight = (weight * gain.unsqueeze(1)).to(weight.dtype)
-    if to is None:
-        return torch.matmul(dy, weight)
-    rows = to.flatten(0, -2)
-    torch.addmm(rows, dy.reshape(len(rows), -1), weight, out=rows)
-    return to
 
 
 def _needed(sums: Sequence[torch.Tensor], needs: Sequence[bool]) -> AdapterGradients:
@@ -328,11 +311,6 @@ def _thin(adapter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _drawn(dropout: Dropout) -> tuple[torch.Tensor | None, int, float]:
     return dropout.seed, dropout.drop_below, dropout.keep_scale
-
-
-def _without_autocast(like: torch.Tensor) -> Any:
-    kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 CPP = CompiledKernels("cpp", "cpu", rounds_s=False, fused=True)

@@ -185,9 +185,8 @@ def echo_lora_linear_group(
         check_limits(backend, x, p, dropout_p, dora_dropout)
     dropout = Dropout.draw(dropout_p, x.device, dora_dropout)
     masks = {id(p.echo.mask) for p in projections if p.echo is not None and p.echo.site != "output"}
-    most = load(backend).max_rank
     together = (
-        (most is None or sum(len(p.lora_a) for p in projections) <= most)
+        sum(len(p.lora_a) for p in projections) <= load(backend).max_rank
         and len(masks) <= 1
         and not any(weight.requires_grad for weight in weights)
         and math.prod(x.shape[:-1]) > 0

@@ -31,8 +31,8 @@ class AdapterGradients:
 class Kernels(Protocol):
     """The kernels of one backend. M = n * T rows, K = d_in, N = d_out, r the rank."""
 
-    # the largest rank that they serve, None for any
-    max_rank: int | None
+    # the largest rank that they serve
+    max_rank: int
     # whether one layer's pass is one call, linear_forward or linear_backward; else it is put together from the others
     fused: bool
 

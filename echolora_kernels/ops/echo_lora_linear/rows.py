@@ -1,7 +1,8 @@
-"""A tensor [..., width] as rows, and the dtype that sums over them are kept in."""
+"""A tensor [..., width] as rows, products of them by the vendor's GEMM, and the dtype that sums are kept in."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,37 @@ def one_sample(rows: torch.Tensor) -> torch.Tensor:
     if n > 1 and rows.stride(0) == length * rows.stride(1):
         return rows.as_strided((1, n * length, width), (0, rows.stride(1), rows.stride(2)))
     return rows
+
+
+def flat(rows: torch.Tensor) -> torch.Tensor:
+    """[n, T, width] as [n * T, width], copied only where the strides forbid a view."""
+    return one_sample(rows).reshape(rows.shape[0] * rows.shape[1], rows.shape[2])
+
+
+def add_product(
+    to: torch.Tensor | None, dy: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor | None
+) -> torch.Tensor:
+    """to + (gain * dy) W0 by the vendor's GEMM, in place; the gain goes on the smaller of the two.
+
+    Args:
+        to: [..., K], contiguous, or None for a new one. dy: [..., N]. weight: [N, K]. gain: [N] or None.
+    """
+    if gain is not None and dy.numel() < weight.numel():
+        dy = (dy * gain).to(dy.dtype)
+    elif gain is not None:
+        weight = (weight * gain.unsqueeze(1)).to(weight.dtype)
+    with without_autocast(dy):
+        if to is None:
+            return torch.matmul(dy, weight)
+        rows = to.flatten(0, -2)
+        torch.addmm(rows, dy.reshape(len(rows), dy.shape[-1]), weight, out=rows)
+    return to
+
+
+def without_autocast(like: torch.Tensor) -> AbstractContextManager[None]:
+    """Off where it is on for `like`'s device; a switch for nothing would take longer than a small product."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -25,7 +25,7 @@ __all__ = [
     "want_runnable",
 ]
 
-max_rank: int | None = MAX_RANK
+max_rank = MAX_RANK
 fused = False
 
 

@@ -12,7 +12,7 @@ from .candidates import Problem
 from .dropout import Dropout
 from .launch import device_of
 from .projection import Projection
-from .rows import Rows, one_sample
+from .rows import Rows, add_product, flat, one_sample, without_autocast
 from .triton_backward_launch import input_backward
 from .triton_descriptors import describable, input_by_descriptors, linear_by_descriptors
 from .triton_forward import linear
@@ -47,13 +47,12 @@ def linear_product(
             del rest["dropout"]
             return linear_by_descriptors(x, weight, s, lora_b, store_z=store_z, **rest)
         return linear(x, weight, s, lora_b, store_z=store_z, **rest)
-    flat = one_sample(x)[0]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if candidate == "accumulate":
-            return linear(x, weight, s, lora_b, store_z=store_z, base=torch.mm(flat, weight.t()), **rest)
+            return linear(x, weight, s, lora_b, store_z=store_z, base=torch.mm(flat(x), weight.t()), **rest)
         y, _ = linear(x, weight, s, lora_b, contract=False, **rest)
         rows = y.view(-1, y.shape[-1])
-        torch.addmm(rows, flat, weight.t(), out=rows)
+        torch.addmm(rows, flat(x), weight.t(), out=rows)
     return y, None
 
 
@@ -77,8 +76,7 @@ def input_product(
             return input_by_descriptors(dy, weight, ds, lora_a, dropout=dropout)
         return input_backward(dy, weight, ds, lora_a, dropout=dropout, gain=gain)
     dx = input_backward(dy, weight, ds, lora_a, dropout=dropout, contract=False)
-    _add_product(dx, dy, weight, gain)
-    return dx
+    return add_product(dx, flat(dy), weight, gain)
 
 
 def group_input_product(
@@ -110,18 +108,8 @@ def group_input_product(
         if _candidate("input-gradient", dy, p.weight, len(p.lora_a), gain, dropout) == "fused":
             input_backward(dy, p.weight, None, None, dropout=Dropout(), gain=gain, base=dx)
         else:
-            _add_product(dx, dy, p.weight, gain)
+            add_product(dx, flat(dy), p.weight, gain)
     return dx
-
-
-def _add_product(dx: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor | None) -> None:
-    """dx += (g * dY) W0 by the vendor's GEMM.
-
-    The gain goes on W0, [N, K], and not on dY, [M, N]: fewer bytes wherever there are more rows than inputs.
-    """
-    scaled = weight if gain is None else (weight * gain.unsqueeze(1)).to(weight.dtype)
-    with torch.autocast(dy.device.type, enabled=False):
-        torch.addmm(dx, one_sample(dy)[0], scaled, out=dx)
 
 
 def _candidate(
@@ -152,8 +140,8 @@ def _by_descriptors(rows: torch.Tensor, weight: torch.Tensor, width: int, rank: 
 
 def _plain_rows(rows: torch.Tensor) -> bool:
     """Whether the vendor's GEMM reads these rows without copying them."""
-    flat = one_sample(rows)
-    return flat.shape[0] == 1 and flat.stride(2) == 1 and (flat.shape[1] == 1 or flat.stride(1) >= flat.shape[2])
+    one = one_sample(rows)
+    return one.shape[0] == 1 and one.stride(2) == 1 and (one.shape[1] == 1 or one.stride(1) >= one.shape[2])
 
 
 def _device_name(device: torch.device) -> str:
