@@ -105,4 +105,4 @@ class Parts:
         firsts, starts = (tuple(itertools.accumulate(sizes, initial=0)) for sizes in (counts, widths))
         constants = {"COUNT": len(widths), "PARTS": firsts[:-1], "STARTS": starts[:-1], "WIDTHS": tuple(widths)}
         constants |= {"BLOCK_N": SAMPLES, "BLOCK_C": rows, "BLOCK_M": inner}
-        return cls(firsts[-1], Tile(SAMPLES, rows, inner, 8 if inner >= 64 else 4, 1), constants)
+        return cls(firsts[-1], Tile(SAMPLES, rows, inner, 8, 1), constants)
