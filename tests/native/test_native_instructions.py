@@ -13,7 +13,9 @@ pytestmark = pytest.mark.usefixtures("library")
 NAMES = ("amx", "avx512", "avx2", "baseline")
 TESTS = tuple(f"tests/backends/test_backend_{name}.py" for name in ("kernels", "linear", "networks"))
 # the kernels, and the layer and the echo networks where kinds of products, shapes and ranks differ
-CHOSEN = "cpp and (backend_kernels or float64 or ranks or shapes or narrower_layer or autocast or exact or grid or values)"
+CHOSEN = (
+    "cpp and (backend_kernels or float64 or ranks or shapes or narrower_layer or autocast or exact or grid or values)"
+)
 
 
 @pytest.fixture(params=NAMES)
