@@ -7,9 +7,11 @@
 namespace echolora {
 namespace ECHOLORA_ISA {
 
-constexpr int64_t NETWORK_ROWS = 256;    // rows of the up-projections that a task has: many times its own sums
-constexpr int64_t NETWORK_SAMPLES = 8;   // samples that a row of weights is multiplied with while it is in the cache
-constexpr int64_t NETWORK_COLS = 256;    // columns at a time, so that a vector's worth of rows fits the L1 cache
+constexpr int64_t NETWORK_ROWS = 256;   // rows of the up-projections that a task has: many times its own sums
+constexpr int64_t NETWORK_SAMPLES = 8;  // samples that a row of weights is multiplied with while it is in the cache
+// columns at a time: a vector's worth of rows fits the L1 cache, and sums of few products are as exact as torch's
+template <class A>
+constexpr int64_t NETWORK_COLS = 16 * LANES<A>;
 template <class A>
 constexpr int TOGETHER = LANES<A> < 4 ? LANES<A> : 4;  // sums that are independent of each other
 
@@ -68,8 +70,8 @@ inline void dots(const X* x, int64_t ld_x, int64_t samples, const E* weights, in
   const E* row[L];
   for (int r = 0; r < L; r++) row[r] = weights + at_most(r, rows - 1) * cols;
   for (int64_t i = 0; i < samples; i++) sums[i] = Vec<A>{};
-  for (int64_t col = 0; col < cols; col += NETWORK_COLS) {
-    const int64_t last = at_most(col + NETWORK_COLS, cols);
+  for (int64_t col = 0; col < cols; col += NETWORK_COLS<A>) {
+    const int64_t last = at_most(col + NETWORK_COLS<A>, cols);
     for (int64_t i = 0; i < samples; i++) {
       Vec<A> found[L] = {};
       int64_t j = col;

@@ -158,7 +158,7 @@ struct NetworksForward {
 
 struct NetworksBackward {
   Networks networks;
-  const void *ddelta, *h;                                 // as in the forward pass
+  const void *ddelta, *h;                                // as in the forward pass
   void *da, *dproj_up, *dgate_up, *dgate_bias, *dscale;  // element; da [samples, hidden]
   void* work;
 };

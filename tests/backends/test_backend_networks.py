@@ -10,7 +10,7 @@ from network_cases import NAMES, make
 
 from echolora_kernels import BackendUnavailable
 from echolora_kernels.functional import echo_networks
-from echolora_kernels.ops.echo_networks import operators
+from echolora_kernels.ops.echo_networks import operators, passes
 
 # a rest in every block: of samples, of rows of a module, of m and of d
 SIZES = {
@@ -81,6 +81,36 @@ def test_as_exact_as_torch(networks_backend, name, dtype):
         if ratio.max() > 1.5:
             above[key] = ratio.tolist()
     assert not above
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tanh_and_sigmoid_on_a_grid(networks_backend, dtype):
+    """Each relative to its own value, from numbers that are next to nothing to those that saturate."""
+    if networks_backend == "reference":
+        pytest.skip("these are torch's")
+    size = torch.logspace(-30, 2, 500, dtype=dtype, device=device_for(networks_backend))
+    x = torch.cat([-size, size, size.new_tensor([0.0, 0.625, -0.625])])
+    one = x.new_ones(1, 1)
+    # H is tanh(x); with W1 = W2 = 1 and U2 = 0, Delta is sigmoid(c) tanh(x)
+    _, h = passes.load(networks_backend).forward(x[:, None], x.new_ones(2, 1), one, one, one[0], one[0], [1])
+    eps = torch.finfo(dtype).eps
+    assert ((h[:, 0] - x.double().tanh()).abs() <= 2 * eps * x.double().tanh().abs()).all()
+    down, up = torch.tensor([[50.0], [0.0]], dtype=dtype, device=x.device), x.new_ones(len(x), 1)
+    arguments = (down, up, 0 * up, x, one[0], [len(x)])
+    delta, _ = passes.load(networks_backend).forward(one, *arguments)
+    want = x.double().sigmoid()
+    assert ((delta - want).abs() <= 4 * eps * want + 1e-37).all()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_finite_comes_through(networks_backend, name, value):
+    """Where torch's results are NaN or infinite ours are not finite either, and nowhere else."""
+    case = make(networks_backend)
+    getattr(case, name).view(-1)[1] = value
+    got, want = case.results(networks_backend), case.results("reference")
+    for key, expected in want.items():
+        assert torch.equal(got[key].isfinite(), expected.isfinite()), key
 
 
 def test_gradcheck(networks_backend):

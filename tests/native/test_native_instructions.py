@@ -11,9 +11,11 @@ from echolora_kernels import native
 pytestmark = pytest.mark.usefixtures("library")
 
 NAMES = ("amx", "avx512", "avx2", "baseline")
-TESTS = ("tests/backends/test_backend_kernels.py", "tests/backends/test_backend_linear.py")
-# the kernels, and the layer where kinds of products, shapes and ranks differ
-CHOSEN = "cpp and (backend_kernels or float64 or ranks or shapes or narrower_layer or autocast)"
+TESTS = tuple(f"tests/backends/test_backend_{name}.py" for name in ("kernels", "linear", "networks"))
+# the kernels, and the layer and the echo networks where kinds of products, shapes and ranks differ
+CHOSEN = (
+    "cpp and (backend_kernels or float64 or ranks or shapes or narrower_layer or autocast or exact or grid or values)"
+)
 
 
 @pytest.fixture(params=NAMES)

@@ -31,6 +31,8 @@ def assert_sound(results):
         if result["arch"].startswith("gfx"):
             continue
         assert result["LDL"] == result["STL"] == 0, f"spills: {result}"
+        if result["kernel"].startswith("networks"):  # a few samples, mostly in float32: memory is what they wait for
+            continue
         thin = result["kernel"] in ("lora_a_bwd_kernel", "dora_norm_fwd_kernel")  # fewer than wgmma's 64 rows
         if result["arch"] == "sm_90" and result["dtype"] != "float32" and not thin:
             assert result["HGMMA"] > 0, f"no Hopper matrix instructions: {result}"

@@ -174,6 +174,8 @@ def networks_up_bwd_kernel(
             b_proj_hidden, b_gate_hidden, b_proj_up, b_gate_up, b_bias, ACC, PRECISION
         )
         m_delta = m_n[:, None] & m_c[None, :]
+        # an infinite weight times the zeros of samples that are not there is NaN
+        b_projection, b_gate = tl.where(m_delta, b_projection, 0.0), tl.where(m_delta, b_gate, 0.0)
         b_ddelta = tl.load(p_ddelta + o_n[:, None] * width + o_c[None, :], mask=m_delta, other=0.0).to(ACC)
         b_gated = b_ddelta * b_gate
         b_dgate = b_scale * (b_gated * b_projection) * (1 - b_gate)

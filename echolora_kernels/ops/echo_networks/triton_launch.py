@@ -100,9 +100,9 @@ class Parts:
     @classmethod
     def of(cls, widths: Sequence[int], m: int) -> Parts:
         inner = max(16, triton.next_power_of_2(m))
-        rows = max(16, min(32, 2048 // inner))  # two blocks of weights and their gradients fit the registers
+        rows = max(16, min(32, 1024 // inner))  # two blocks of weights and their gradients fit the registers
         counts = [triton.cdiv(width, rows) for width in widths]
         firsts, starts = (tuple(itertools.accumulate(sizes, initial=0)) for sizes in (counts, widths))
         constants = {"COUNT": len(widths), "PARTS": firsts[:-1], "STARTS": starts[:-1], "WIDTHS": tuple(widths)}
         constants |= {"BLOCK_N": SAMPLES, "BLOCK_C": rows, "BLOCK_M": inner}
-        return cls(firsts[-1], Tile(SAMPLES, rows, inner, 8 if inner >= 64 else 4, 1), constants)
+        return cls(firsts[-1], Tile(SAMPLES, rows, inner, 8, 1), constants)
