@@ -1,9 +1,9 @@
-"""Seconds a training step: plain LoRA, Echo-LoRA in two passes and in the shared form, on real batches.
+"""Seconds a training step: plain LoRA, Echo-LoRA in two passes and in the form that "auto" takes, on real batches.
 
-    python benchmarks/bench_steps.py --data arc=ARC-Easy/train.json --data boolq=boolq/train.json [--rounds 5]
+    python benchmarks/bench_steps.py --data arc=ARC-Easy/train.json --data boolq=boolq/train.json [--checkpointing]
 
-Every step is routed. The forms take turns on the same batches in one process; medians, and the shared form's losses are
-first checked against the two-pass ones. Peak memory is that of a process of its own for each form (Linux).
+Every step is routed. The forms take turns on the same batches in one process; medians, and losses are first checked
+against the two-pass ones. Peak memory is that of a process of its own for each form (Linux).
 """
 
 from __future__ import annotations
@@ -20,24 +20,32 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from echolora_kernels import EchoConfig, EchoLoRA
+from echolora_kernels import EchoConfig, EchoLoRA, PromptLengthSampler
 from echolora_kernels.integrations.transformers import load_model
 from echolora_kernels.training.data import collate, encode, read_llm_adapters
 
-FORMS = ("plain", "two-pass", "shared")
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 
 def batches_of(tokenizer, path: str, count: int, size: int, max_length: int) -> list[dict[str, torch.Tensor]]:
-    """The first batches of a task file, in its order."""
-    samples, _ = encode(tokenizer, read_llm_adapters(path)[: 4 * count * size], max_length)
-    return [collate(samples[i * size : (i + 1) * size], tokenizer.pad_token_id) for i in range(count)]
+    """The first batches of a task file as training takes them."""
+    samples, _ = encode(tokenizer, read_llm_adapters(path), max_length)
+    sampler = PromptLengthSampler([sample.prompt_length for sample in samples], size)
+    return [collate([samples[n] for n in sampler.step(step)], tokenizer.pad_token_id) for step in range(count)]
 
 
-def echo_model(model, rank: int) -> EchoLoRA:
+def echo_model(model, rank: int, checkpointing: bool) -> EchoLoRA:
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS)
     torch.manual_seed(0)
-    return EchoLoRA(get_peft_model(model, config), EchoConfig(echo_end_probability=1.0)).train()
+    model = EchoLoRA(get_peft_model(model, config), EchoConfig(echo_end_probability=1.0)).train()
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def forms_of(arguments: argparse.Namespace) -> tuple[str, str, str]:
+    return "plain", "two-pass", "packed" if arguments.checkpointing else "shared"
 
 
 def run(model: EchoLoRA, form: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -62,7 +70,7 @@ def peak_megabytes(arguments: argparse.Namespace, path: str, form: str) -> int:
 def _peak(arguments: argparse.Namespace, path: str, form: str) -> int:
     torch.set_num_threads(arguments.threads)
     model, tokenizer = load_model(arguments.model)
-    model = echo_model(model, arguments.rank)
+    model = echo_model(model, arguments.rank, arguments.checkpointing)
     for batch in batches_of(tokenizer, path, arguments.batches, arguments.batch_size, arguments.max_length):
         run(model, form, batch)
     status = Path("/proc/self/status").read_text()  # getrusage's peak is inherited from the parent process
@@ -78,36 +86,38 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--checkpointing", action="store_true", help="blocks are recomputed in the backward pass")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", help="a JSON file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model, tokenizer = load_model(arguments.model)
-    model = echo_model(model, arguments.rank)
+    model = echo_model(model, arguments.rank, arguments.checkpointing)
+    forms = forms_of(arguments)
     print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}")
-    print(f"{'task':14} {'prompt':>6} {'answer':>6} {'plain s':>8} {'two-pass':>8} {'shared':>8}   peak MB")
+    print(f"{'task':14} {'prompt':>6} {'answer':>6} {'plain s':>8} {'two-pass':>8} {forms[2]:>8}   peak MB")
     rows = []
     for item in arguments.data:
         name, _, path = item.partition("=")
         batches = batches_of(tokenizer, path, arguments.batches, arguments.batch_size, arguments.max_length)
         for batch in batches:
-            two_pass, shared = (run(model, form, batch) for form in FORMS[1:])
-            torch.testing.assert_close(shared, two_pass, rtol=1e-4, atol=1e-5)
-        seconds: dict[str, list[float]] = {form: [] for form in FORMS}
+            two_pass, other = (run(model, form, batch) for form in forms[1:])
+            torch.testing.assert_close(other, two_pass, rtol=1e-4, atol=1e-5)
+        seconds: dict[str, list[float]] = {form: [] for form in forms}
         for _ in range(arguments.rounds):
             for batch in batches:
-                for form in FORMS:
+                for form in forms:
                     started = time.perf_counter()
                     run(model, form, batch)
                     seconds[form].append(time.perf_counter() - started)
         answers = statistics.mean((b["labels"] != -100).sum().item() / len(b["labels"]) for b in batches)
         real = statistics.mean(b["attention_mask"].sum().item() / len(b["labels"]) for b in batches)
         medians = {form: statistics.median(values) for form, values in seconds.items()}
-        memory = {form: peak_megabytes(arguments, path, form) for form in FORMS}
+        memory = {form: peak_megabytes(arguments, path, form) for form in forms}
         plain = medians["plain"]
         print(
             f"{name:14} {real - answers:6.0f} {answers:6.1f} {plain:8.2f} {medians['two-pass'] / plain:7.2f}x "
-            f"{medians['shared'] / plain:7.2f}x   {' / '.join(str(memory[form]) for form in FORMS)}",
+            f"{medians[forms[2]] / plain:7.2f}x   {' / '.join(str(memory[form]) for form in forms)}",
             flush=True,
         )
         rows.append(

@@ -4,6 +4,7 @@ Importing this package needs torch alone.
 """
 
 from . import functional, losses, reference
+from .batches import EchoDataCollator, PromptLengthSampler
 from .errors import (
     AdapterMismatch,
     BackendUnavailable,
@@ -24,12 +25,14 @@ __all__ = [
     "DataError",
     "Echo",
     "EchoConfig",
+    "EchoDataCollator",
     "EchoLoRA",
     "EchoLoRAError",
     "EchoLoRALinear",
     "EchoLoRAOutput",
     "EchoNetworks",
     "NonFiniteLoss",
+    "PromptLengthSampler",
     "__version__",
     "functional",
     "losses",

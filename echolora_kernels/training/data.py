@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 from collections.abc import Iterator
@@ -12,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ..batches import EchoDataCollator
 from ..errors import DataError
-from ..ops.echo_distillation import IGNORE_INDEX
 
 _HELD_OUT = 1_000_003  # keeps the held-out questions' seed apart from the training questions'
 
@@ -208,29 +207,4 @@ def encode(tokenizer: Any, questions: list[Question], max_length: int) -> tuple[
 
 def collate(samples: list[Sample], pad_token_id: int) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, labels: [N, T], int64, padded on the right, supervised on the target alone."""
-    length = max(len(sample.input_ids) for sample in samples)
-    input_ids = torch.full((len(samples), length), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORE_INDEX)
-    for row, sample in enumerate(samples):
-        stop = len(sample.input_ids)
-        input_ids[row, :stop] = torch.tensor(sample.input_ids)
-        attention_mask[row, :stop] = 1
-        labels[row, sample.prompt_length : stop] = input_ids[row, sample.prompt_length : stop]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-def step_samples(samples: list[Sample], step: int, per_step: int, seed: int) -> list[Sample]:
-    """The samples of one optimizer step: a pure function, so that a resumed run sees what the unbroken one saw."""
-    chosen = []
-    for position in range(step * per_step, (step + 1) * per_step):
-        epoch, index = divmod(position, len(samples))
-        chosen.append(samples[_order(len(samples), seed, epoch)[index]])
-    return chosen
-
-
-@functools.lru_cache(maxsize=2)  # one step asks for it once a sample, and crosses at most into the next epoch
-def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
-    order = list(range(count))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return tuple(order)
+    return EchoDataCollator(pad_token_id)([vars(sample) for sample in samples])

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..batches import PromptLengthSampler
 from ..errors import CheckpointError, NonFiniteLoss
 from ..losses import echo_distillation
 from ..method.model import EchoLoRA
 from ..ops.echo_distillation import IGNORE_INDEX
 from .checkpoint import latest_checkpoint, read_checkpoint, restore, save_checkpoint
-from .data import Sample, collate, step_samples
+from .data import Sample, collate
 from .processes import Processes
 from .settings import TrainSettings
 
@@ -77,6 +78,9 @@ class Trainer:
         self.model, self.samples, self.pad_token_id = model, samples, pad_token_id
         self.settings, self.folder, self.save_every, self.keep = settings, folder, save_every, keep
         self.extra_state, self.processes = extra_state or {}, processes or Processes()
+        per_step = settings.batch_size * settings.accumulate
+        lengths = [sample.prompt_length for sample in samples]
+        self.sampler = PromptLengthSampler(lengths, per_step, seed=settings.seed)
         self.parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [p for _, p in self.parameters], lr=settings.lr, weight_decay=settings.weight_decay
@@ -132,8 +136,7 @@ class Trainer:
             group["lr"] = learning_rate
         processes = self.processes
         processes.seed(settings.seed, step)
-        chosen = step_samples(self.samples, step, settings.batch_size * settings.accumulate, settings.seed)
-        chosen = processes.share(chosen)
+        chosen = processes.share([self.samples[index] for index in self.sampler.step(step)])
         device = self.parameters[0][1].device
         batches = [
             {

@@ -172,16 +172,6 @@ def test_evaluation_asks_with_the_prompt_that_was_trained(model_folder, monkeypa
     assert asked[0]["max_new_tokens"] == 4
 
 
-def test_the_order_is_made_once_an_epoch(monkeypatch):
-    made = []
-    monkeypatch.setattr(
-        data.random, "Random", lambda seed, random=data.random.Random: made.append(seed) or random(seed)
-    )
-    for step in range(4):
-        data.step_samples([data.Sample([n], 1) for n in range(7)], step, 3, seed=12345)
-    assert made == ["12345/0", "12345/1"]
-
-
 def test_long_questions_are_counted_and_all_too_long_is_refused(model_folder, data_file):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     questions = data.read_llm_adapters(data_file)
@@ -191,15 +181,6 @@ def test_long_questions_are_counted_and_all_too_long_is_refused(model_folder, da
     assert len(samples) == lengths.count(limit) > 0 and too_long == len(questions) - len(samples) > 0
     with pytest.raises(DataError, match=f"all {len(questions)} questions"):
         data.encode(tokenizer, questions, limit - 1)
-
-
-def test_every_epoch_visits_every_sample_once_in_another_order():
-    samples = [data.Sample([n], 1) for n in range(10)]
-    seen = [[s.input_ids[0] for s in data.step_samples(samples, step, 4, seed=1)] for step in range(5)]
-    flat = [n for step in seen for n in step]
-    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
-    assert flat[:10] != flat[10:] and flat[:10] != list(range(10))
-    assert [s.input_ids[0] for s in data.step_samples(samples, 3, 4, seed=1)] == seen[3]
 
 
 @pytest.mark.parametrize(("text", "answer"), [
