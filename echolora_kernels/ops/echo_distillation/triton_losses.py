@@ -22,7 +22,7 @@ __all__ = ["backward", "forward", "forward_and_overwrite", "want_runnable"]
 
 # columns at a time, by dtype class: what stays in registers of 8 or 4 warps
 FORWARD_TILES = {"half": Tile(1, 4096, 0, 8, 1), "single": Tile(1, 4096, 0, 8, 1), "double": Tile(1, 1024, 0, 8, 1)}
-BACKWARD_TILES = {"half": Tile(1, 2048, 0, 4, 1), "single": Tile(1, 2048, 0, 4, 1), "double": Tile(1, 512, 0, 4, 1)}
+BACKWARD_TILES = {"half": Tile(1, 1024, 0, 4, 1), "single": Tile(1, 1024, 0, 4, 1), "double": Tile(1, 512, 0, 4, 1)}
 
 NO_TARGET = tl.constexpr(IGNORE_INDEX)
 ROW_STATS = tl.constexpr(STATS)
