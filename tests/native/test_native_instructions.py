@@ -11,9 +11,13 @@ from echolora_kernels import native
 pytestmark = pytest.mark.usefixtures("library")
 
 NAMES = ("amx", "avx512", "avx2", "baseline")
-TESTS = ("tests/backends/test_backend_kernels.py", "tests/backends/test_backend_linear.py")
+TESTS = (
+    "tests/backends/test_backend_kernels.py",
+    "tests/backends/test_backend_linear.py",
+    "tests/losses/test_loss_rows.py",
+)
 # the kernels, and the layer where kinds of products, shapes and ranks differ
-CHOSEN = "cpp and (backend_kernels or float64 or ranks or shapes or narrower_layer or autocast)"
+CHOSEN = "cpp and (backend_kernels or loss_rows or float64 or ranks or shapes or narrower_layer or autocast)"
 
 
 @pytest.fixture(params=NAMES)
