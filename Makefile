@@ -27,7 +27,7 @@ test-full: $(READY) ## the tests that take minutes: every kernel variant compile
 test-asan: $(READY) ## the CPU kernels under the address and undefined-behaviour sanitizers
 	ECHOLORA_SANITIZE=1 ECHOLORA_BUILD=require $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitized
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		ECHOLORA_LIBRARY=build/sanitized/echolora_kernels/_native.so $(BIN)/python -m pytest tests/backends -k cpp $(PYTEST_FLAGS)
+		ECHOLORA_LIBRARY=build/sanitized/echolora_kernels/_native.so $(BIN)/python -m pytest tests/backends tests/losses -k cpp $(PYTEST_FLAGS)
 
 bench: $(READY) ## time the layers against PEFT and the frozen linear
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(PYTEST_FLAGS)

@@ -126,7 +126,7 @@ def build_library(target: Path, folder: Path) -> None:
     x86 = ["-DECHOLORA_X86"] if "amx" in instruction_sets() else []
     objects = [
         compile_cpp("library.cpp", "library", *torch_flags),
-        compile_cpp("cpu/bind.cpp", "bind", *torch_flags),
+        *(compile_cpp(f"cpu/bind_{of}.cpp", f"bind_{of}", *torch_flags) for of in ("linear", "losses", "networks")),
         compile_cpp("cpu/dispatch.cpp", "dispatch", *x86),
     ]
     for name, flags in instruction_sets().items():

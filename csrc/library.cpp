@@ -1,7 +1,8 @@
 // The operators of the compiled backends: what each computes; CPU and CUDA implementations register themselves.
 //
-// Python (ops/echo_lora_linear/compiled_kernels.py) composes them with the vendor's GEMM, which computes every product
-// with W0. x and dy are [n, T, width] with any strides, T rows a sample, M = n T rows in all; on CPUs also [M, width]. "Accumulator" is float64
+// Python (compiled_kernels.py, compiled_losses.py and compiled.py in ops/) composes them with the vendor's GEMM, which
+// computes every product with W0 and the output head. x and dy are [n, T, width] with any strides, T rows a sample,
+// M = n T rows in all; on CPUs also [M, width]. "Accumulator" is float64
 // for float64 elements and float32 for the others. Dropout keeps an element where the 24 high bits of its random word
 // (Philox4x32-7 of seed, row and column) are at least drop_below = round(p 2^24); drop_below = 0 is no dropout.
 #include <torch/csrc/stable/library.h>

@@ -117,8 +117,10 @@ def test_availability(put_first):
             (torch.ones(1, 1), torch.ones(2, 1), *[torch.ones(1, 1)] * 2, *[torch.ones(1)] * 2, [1]),
         ),
         (losses.echo_distillation, (torch.ones(1, 2, 3), None, torch.ones(1, 2, dtype=torch.int64))),
+        (losses.echo_distillation_rows, (torch.ones(2, 3), None, torch.ones(2, dtype=torch.int64))),
+        (losses.echo_distillation_linear, (torch.ones(2, 3), None, torch.ones(4, 3), torch.ones(2, dtype=torch.int64))),
     ],
-    ids=OPS,
+    ids=[*OPS, "echo_distillation_rows", "echo_distillation_linear"],
 )
 def test_every_public_function_passes_the_name_on(function, arguments):
     function(*arguments, backend="reference")

@@ -8,12 +8,12 @@
 #pragma once
 
 #include "block.h"
-#include "exponential.h"
+#include "functions.h"
 
 namespace echolora {
 namespace ECHOLORA_ISA {
 
-constexpr int64_t SUMMED_COLS = 2048;  // are added up in vectors of A, and these sums in double
+constexpr int64_t BLOCK_VECTORS = 8;  // are added up plainly, and these sums without loss
 constexpr double INFINITE = __builtin_inf();
 
 // What the temperature makes of exp(x): itself; its square root; a power that wants an exp of its own.
@@ -28,11 +28,29 @@ inline Vec<Acc<E>> logits_at(const E* row, int64_t stride, int64_t col, int coun
   return vector;
 }
 
-// visit(col, count) for every vector of a row, and after_block() after every SUMMED_COLS columns
+// A sum that carries along what its additions round away.
+template <class A>
+struct Sum {
+  Vec<A> high{}, low{};
+
+  void add(Vec<A> x) {
+    const Vec<A> zero{}, y = x - low, t = high + y, rounded = (t - high) - y;
+    low = rounded == rounded ? rounded : zero;  // of an infinite sum nothing is lost
+    high = t;
+  }
+  double total() const {
+    double sum = 0;
+    for (int i = 0; i < LANES<A>; i++) sum += static_cast<double>(high[i]) - static_cast<double>(low[i]);
+    return sum;
+  }
+};
+
+// visit(col, count) for every vector of a row, and after_block() after every block of them
 template <class A, class Visit, class AfterBlock>
 inline void each_vector(int64_t width, const Visit& visit, const AfterBlock& after_block) {
-  for (int64_t begin = 0; begin < width; begin += SUMMED_COLS) {
-    const int64_t end = at_most(begin + SUMMED_COLS, width);
+  constexpr int64_t block = BLOCK_VECTORS * LANES<A>;
+  for (int64_t begin = 0; begin < width; begin += block) {
+    const int64_t end = at_most(begin + block, width);
     int64_t col = begin;
     for (; col + LANES<A> <= end; col += LANES<A>) visit(col, LANES<A>);
     if (col < end) visit(col, static_cast<int>(end - col));
@@ -40,14 +58,20 @@ inline void each_vector(int64_t width, const Visit& visit, const AfterBlock& aft
   }
 }
 
-// One branch of one row; `stats` holds max, z and the z of the temperature.
+// The choice keeps this product from being fused into a difference, which would not be 0 for equal branches.
+template <class A>
+inline Vec<A> probability(Vec<A> power, A inverse_z) {
+  const Vec<A> zero{};
+  return power == zero ? zero : power * inverse_z;
+}
+
+// One branch of one row.
 template <class E, Tempered T>
 struct Branch {
   using A = Acc<E>;
   const E* row;
   int64_t stride, width;
-  A max, z, z_tau;
-  A to_p, to_p_tau, log_z_tau;  // 1 / z, 1 / z_tau
+  A max, inverse_z, inverse_z_tau, log_z_tau;
 
   struct Powers {
     Vec<A> plain, tempered;  // exp(x), exp(x / tau) of x = logit - max
@@ -62,16 +86,15 @@ struct Branch {
     return {plain, tempered, cooled - log_z_tau};
   }
 
-  void set(A max_, A z_, A z_tau_) {
+  void set(A max_, A inverse_z_, A inverse_z_tau_) {
     max = max_;
-    z = z_;
-    z_tau = z_tau_;
-    to_p = 1 / z;
-    to_p_tau = 1 / z_tau;
-    log_z_tau = static_cast<A>(logarithm(static_cast<double>(z_tau)));
+    inverse_z = inverse_z_;
+    inverse_z_tau = inverse_z_tau_;
+    log_z_tau = static_cast<A>(-logarithm(static_cast<double>(inverse_z_tau)));
   }
 
-  void sum(A inverse_tau) {
+  // Reads the row twice; the cross-entropy with `target`.
+  A add_up(int64_t target, A inverse_tau) {
     Vec<A> most = splat(static_cast<A>(-INFINITE));
     const auto nothing = [] {};
     each_vector<A>(width, [&](int64_t col, int count) {
@@ -81,23 +104,29 @@ struct Branch {
     max = most[0];
     for (int i = 1; i < LANES<A>; i++) max = most[i] > max ? most[i] : max;
     log_z_tau = 0;
-    double total = 0, total_tau = 0;
+    Sum<A> sum, sum_tau;
     Vec<A> plain{}, tempered{};
     each_vector<A>(width, [&](int64_t col, int count) {
       const Powers e = powers(col, count, inverse_tau);
       plain += e.plain;
       tempered += e.tempered;
     }, [&] {
-      total += sum_lanes<A>(plain);
-      total_tau += sum_lanes<A>(tempered);
+      sum.add(plain);
+      sum_tau.add(tempered);
       plain = tempered = Vec<A>{};
     });
-    set(max, static_cast<A>(total), static_cast<A>(total_tau));
+    const double z = sum.total();
+    set(max, static_cast<A>(1 / z), static_cast<A>(1 / sum_tau.total()));
+    const double logit = widen(row[target * stride]);
+    return static_cast<A>(logarithm(z) - (logit - static_cast<double>(max)));
   }
 
-  A cross_entropy(int64_t target) const {
-    const double log_z = logarithm(static_cast<double>(z));
-    return static_cast<A>(log_z - (static_cast<double>(widen(row[target * stride])) - static_cast<double>(max)));
+  // softmax - onehot
+  Vec<A> residual(const Powers& e, int64_t col, int count, int64_t target) const {
+    Vec<A> p = probability(e.plain, inverse_z);
+    const uint64_t lane = static_cast<uint64_t>(target - col);
+    if (lane < static_cast<uint64_t>(count)) p[lane] -= 1;
+    return p;
   }
 };
 
@@ -125,32 +154,31 @@ struct DistilledRow {
   A* stats() const { return static_cast<A*>(p.stats) + m * DISTILLATION_STATS; }
 
   // p (log p - log q); 0 log 0 = 0
-  static Vec<A> times_log_ratio(Vec<A> probability, Vec<A> log_ratio) {
+  static Vec<A> times_log_ratio(Vec<A> p, Vec<A> log_ratio) {
     const Vec<A> zero{};
-    return probability == zero ? zero : probability * log_ratio;
+    return p == zero ? zero : p * log_ratio;
   }
 
   void forward(A* losses) {
-    off.sum(inverse_tau);
-    losses[0] = off.cross_entropy(target);
+    losses[0] = off.add_up(target, inverse_tau);
     losses[1] = losses[2] = 0;
     if (p.on.data) {
-      on.sum(inverse_tau);
-      losses[1] = on.cross_entropy(target);
-      double total = 0;
-      Vec<A> sum{};
+      losses[1] = on.add_up(target, inverse_tau);
+      Sum<A> sum;
+      Vec<A> terms{};
       each_vector<A>(off.width, [&](int64_t col, int count) {
         const auto a = off.powers(col, count, inverse_tau), b = on.powers(col, count, inverse_tau);
-        const Vec<A> q_less_p = a.tempered * off.to_p_tau - b.tempered * on.to_p_tau;
-        sum += times_log_ratio(b.tempered * on.to_p_tau, b.log_p - a.log_p) + q_less_p;
+        const Vec<A> p_on = probability(b.tempered, on.inverse_z_tau);
+        terms += times_log_ratio(p_on, b.log_p - a.log_p) + (probability(a.tempered, off.inverse_z_tau) - p_on);
       }, [&] {
-        total += sum_lanes<A>(sum);
-        sum = Vec<A>{};
+        sum.add(terms);
+        terms = Vec<A>{};
       });
-      divergence = static_cast<A>(total);
+      divergence = static_cast<A>(sum.total());
       losses[2] = divergence;
     }
-    const A all[DISTILLATION_STATS] = {off.max, off.z, off.z_tau, on.max, on.z, on.z_tau, divergence};
+    const A all[DISTILLATION_STATS] = {off.max, off.inverse_z, off.inverse_z_tau, on.max, on.inverse_z,
+                                      on.inverse_z_tau, divergence};
     for (int i = 0; i < DISTILLATION_STATS; i++) stats()[i] = all[i];
   }
 
@@ -167,24 +195,22 @@ struct DistilledRow {
     const A c_off = scales[0], c_on = scales[1], c_kl = scales[2] * inverse_tau;
     E* d_off = p.d_off.data ? const_cast<E*>(row_start<E>(p.d_off, m)) : nullptr;
     E* d_on = p.d_on.data ? const_cast<E*>(row_start<E>(p.d_on, m)) : nullptr;
-    const auto put = [&](E* to, const Rows& rows, int64_t col, int count, Vec<A> value, A at_target) {
-      const uint64_t lane = static_cast<uint64_t>(target - col);
-      if (lane < static_cast<uint64_t>(count)) value[lane] -= at_target;
-      if (rows.stride_w == 1) return store_part(to + col, value, count);
-      for (int i = 0; i < count; i++) narrow(value[i], to + (col + i) * rows.stride_w);
+    const auto put = [](E* to, int64_t stride, int64_t col, int count, Vec<A> value) {
+      if (stride == 1) return store_part(to + col, value, count);
+      for (int i = 0; i < count; i++) narrow(value[i], to + (col + i) * stride);
     };
     each_vector<A>(off.width, [&](int64_t col, int count) {
       const auto a = off.powers(col, count, inverse_tau);
-      Vec<A> da = a.plain * (c_off * off.to_p);
+      Vec<A> da = off.residual(a, col, count, target) * c_off;
       if (p.on.data) {
         const auto b = on.powers(col, count, inverse_tau);
-        const Vec<A> probability = b.tempered * on.to_p_tau;
-        if (p.off_learns) da += (a.tempered * off.to_p_tau - probability) * c_kl;
-        Vec<A> db = b.plain * (c_on * on.to_p);
-        if (p.on_learns) db += times_log_ratio(probability, (b.log_p - a.log_p) - divergence) * c_kl;
-        if (d_on) put(d_on, p.d_on, col, count, db, c_on);
+        const Vec<A> p_on = probability(b.tempered, on.inverse_z_tau);
+        if (p.off_learns) da += (probability(a.tempered, off.inverse_z_tau) - p_on) * c_kl;
+        Vec<A> db = on.residual(b, col, count, target) * c_on;
+        if (p.on_learns) db += times_log_ratio(p_on, (b.log_p - a.log_p) - divergence) * c_kl;
+        if (d_on) put(d_on, p.d_on.stride_w, col, count, db);
       }
-      if (d_off) put(d_off, p.d_off, col, count, da, c_off);
+      if (d_off) put(d_off, p.d_off.stride_w, col, count, da);
     }, [] {});
   }
 };
@@ -196,7 +222,7 @@ inline void clear_row(const Rows& rows, int64_t m) {
   for (int64_t col = 0; col < rows.width; col++) to[col * rows.stride_w] = E{};
 }
 
-// body(DistilledRow) for every row that has a target, cleared(m) for the others
+// body(DistilledRow) for every row that has a target, skipped(m) for the others
 template <class E, class Body, class Skipped>
 inline void each_distilled_row(const Distillation& p, Parallel parallel, const Body& body, const Skipped& skipped) {
   run(parallel, p.off.total(), [&](int64_t m) {

@@ -103,7 +103,7 @@ inline void each_echo(const Networks& p, const void* h, int64_t module, int64_t 
     const A* from = hidden + first * p.hidden();
     dots(from, p.hidden(), here, static_cast<const E*>(p.proj_up) + row * p.m, rows, p.m, projection);
     dots(from + p.m, p.hidden(), here, static_cast<const E*>(p.gate_up) + row * p.m, rows, p.m, gate);
-    for (int64_t i = 0; i < here; i++) visit(first + i, projection[i], logistic(gate[i] + bias));
+    for (int64_t i = 0; i < here; i++) visit(first + i, projection[i], logistic<A>(gate[i] + bias));
   }
 }
 
@@ -120,7 +120,7 @@ void networks_forward(const NetworksForward& p, Parallel parallel) {
       Vec<A> sums[NETWORK_SAMPLES];
       dots(static_cast<const E*>(p.u) + first * p.d, p.d, here, static_cast<const E*>(p.down) + row * p.d, rows, p.d, sums);
       for (int64_t i = 0; i < here; i++)
-        store_part(static_cast<A*>(p.h) + (first + i) * hidden + row, tangent(sums[i]), static_cast<int>(rows));
+        store_part(static_cast<A*>(p.h) + (first + i) * hidden + row, tangent<A>(sums[i]), static_cast<int>(rows));
     }
   });
   run(parallel, parts_before(nets, nets.count), [&](int64_t task) {

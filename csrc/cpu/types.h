@@ -125,7 +125,7 @@ struct Drop {
 };
 
 constexpr int64_t IGNORED_TARGET = -100;
-constexpr int DISTILLATION_STATS = 7;  // max, z, z of the temperature of OFF, the same of ON, the divergence
+constexpr int DISTILLATION_STATS = 7;  // max, 1 / z, 1 / z of the temperature of OFF, the same of ON, the divergence
 
 struct Distillation {
   Rows off, on;            // [.., vocabulary]; on.data is null where there is one branch

@@ -14,7 +14,7 @@ AT_THE_OUTPUT = ("linear_epilogue",)  # those whose delta lies along d_out
 NETWORKS = ("networks_forward", "networks_backward")  # n samples, they know no positions
 OPERATORS = (
     "shrink", "linear_epilogue", "linear_forward", "adapter_backward", "lora_a_backward", "input_epilogue",
-    "linear_backward", "dora_norm", "drop", *NETWORKS,
+    "linear_backward", "dora_norm", "drop", "distillation", "distillation_backward", *NETWORKS,
 )  # fmt: skip
 
 
@@ -36,6 +36,9 @@ def make(operator: str, dtype: torch.dtype = torch.float32, n=N, t=T, d_in=D_IN,
         "gain": broad(d_in if operator == "shrink" else d_out), "bias": broad(d_out), "mask": broad(n, t),
         "delta": broad(n, d_out if operator in AT_THE_OUTPUT else d_in),
         "weight": draw(d_out, d_in), "magnitude": broad(d_out),
+        "off": draw(n, t, d_out), "on": draw(n, t, d_out), "d_off": draw(n, t, d_out), "d_on": draw(n, t, d_out),
+        "targets": torch.where(torch.rand(n * t) < 0.3, -100, torch.arange(n * t) % d_out) if d_out else torch.full((n * t,), -100),
+        "stats": broad(n * t, 7).abs() + 1, "scales": broad(3), "temperature": 2.0, "off_learns": True, "on_learns": True,
         "scaling": 0.7, "site": 1, "seed": torch.tensor([5]), "drop_below": DROP_BELOW, "keep_scale": KEEP_SCALE,
         "u": draw(n, d_in), "down": draw(4 * R, d_in), "proj_up": draw(2 * d_out + 1, R), "gate_up": draw(2 * d_out + 1, R),
         "gate_bias": draw(2 * d_out + 1), "scale": draw(2), "widths": [d_out, d_out + 1],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from linear_cases import make as make_layer
 from native_cases import ROOT, run
-from operator_cases import D_IN, D_OUT, NEEDS, NETWORKS, OPERATORS, N, R, T, call, make, written
+from operator_cases import D_IN, D_OUT, NEEDS, OPERATORS, N, R, T, call, make, written
 
 from echolora_kernels import native
 
@@ -24,9 +24,9 @@ TENSORS = [
     if isinstance(value, torch.Tensor)
 ]
 SAYS_ITS_WIDTH = (("drop", "x"), ("lora_a_backward", "ds"))  # alone, so that any width is right
-ANY_STRIDES = ("x", "dy", "a", "b", "s", "ds", "weight")
+ANY_STRIDES = ("x", "dy", "a", "b", "s", "ds", "weight", "off", "on", "d_off", "d_on")
 MUST_BE_DENSE = (
-    "z", "base", "gain", "bias", "delta", "mask", "product", "dx", "y", "magnitude",
+    "z", "base", "gain", "bias", "delta", "mask", "product", "dx", "y", "magnitude", "targets", "stats", "scales",
     "u", "down", "proj_up", "gate_up", "gate_bias", "scale", "ddelta", "h",
 )  # fmt: skip
 
@@ -69,7 +69,7 @@ def test_inputs_are_never_written(operator, dtype, uninitialized_is_nan):
 def test_another_dtype(operator, name):
     arguments = make(operator)
     arguments[name] = arguments[name].int()
-    wanted = "one Long element" if name == "seed" else "Float"
+    wanted = {"seed": "one Long element", "targets": "Long"}.get(name, "Float")
     assert re.match(f"{name}: got dtype Int, wants .*{wanted}", refused(operator, arguments))
 
 
@@ -78,12 +78,12 @@ def test_mixed_dtypes_are_refused_or_right(operator):
     """Each floating argument in each dtype beside the others in one; right is what float64 gives."""
     for dtype, other in itertools.permutations(ELEMENTS, 2):
         for name, value in make(operator).items():
-            if not isinstance(value, torch.Tensor) or name in ("seed", *written(operator)):
+            if not isinstance(value, torch.Tensor) or name in ("seed", "targets", *written(operator)):
                 continue
             arguments = make(operator, dtype)
             arguments[name] = arguments[name].to(other)
             exact = {
-                key: value.double() if isinstance(value, torch.Tensor) and key != "seed" else value
+                key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
                 for key, value in arguments.items()
             }
             try:
@@ -136,7 +136,7 @@ def test_another_device(operator, name):
 
 
 @pytest.mark.parametrize("rank", [0, 257])
-@pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in ("drop", *NETWORKS)])
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if {"a", "b", "ds"} & set(make(name))])
 def test_another_rank(operator, rank):
     arguments = make(operator)
     for name, dimension in {"a": 0, "b": 1, "s": 1, "ds": 1}.items():
@@ -164,6 +164,9 @@ LACKS = [
     ("linear_forward", "z", {}, "z: got None, wants a tensor where base is given"),
     ("linear_backward", "seed", {}, "seed: got None, wants a tensor where drop_below is not 0"),
     ("linear_backward", "a", {}, "a: got None, wants a tensor where dx is given"),
+    ("distillation", "scales", {}, "scales: got None, wants a tensor where d_off or d_on is given"),
+    ("distillation", "on", {}, "on: got None, wants a tensor where d_on is given"),
+    ("distillation_backward", "on", {}, "on: got None, wants a tensor where d_on is given"),
     ("linear_backward", "mask", {"need_ddelta": False}, "mask: got None, wants .* where delta is given"),
 ]
 
@@ -193,6 +196,16 @@ def test_another_threshold(operator, below):
 def test_a_z_to_be_stored():
     arguments = {**make("linear_epilogue"), "store_z": True}
     assert refused("linear_epilogue", arguments) == "store_z: got True, wants False for CPU tensors"
+
+
+@pytest.mark.parametrize("operator", ["distillation", "distillation_backward"])
+def test_another_target_or_temperature(operator):
+    for target in (-1, -101, D_OUT):
+        arguments = make(operator)
+        arguments["targets"][-1] = target
+        assert refused(operator, arguments) == f"targets: got {target}, wants -100 or a column of {D_OUT}"
+    for temperature in (0.0, -1.0, float("inf"), float("nan")):
+        assert re.match("temperature: got", refused(operator, {**make(operator), "temperature": temperature}))
 
 
 @pytest.fixture(scope="module")
@@ -236,9 +249,9 @@ def test_any_strides(operator, name, dtype, uninitialized_is_nan):
             assert (got[key] - want).abs().max() <= 4 * torch.finfo(want.dtype).eps * want.abs().max(), key
 
 
-@pytest.mark.parametrize(("operator", "name"), [(o, n) for o, n in TENSORS if n in ("x", "dy")])
+@pytest.mark.parametrize(("operator", "name"), [(o, n) for o, n in TENSORS if n in ("x", "dy", "off", "on")])
 def test_expanded_rows(operator, name):
-    for shape in ((1, 1, 1), (1, T, 1), (N, 1, 1), (1, 1, {"x": D_IN, "dy": D_OUT}[name])):
+    for shape in ((1, 1, 1), (1, T, 1), (N, 1, 1), (1, 1, D_IN if name == "x" else D_OUT)):
         torch.manual_seed(0)
         arguments = make(operator)
         torch.manual_seed(0)

@@ -4,9 +4,12 @@ import json
 import sys
 
 import pytest
+import torch
 from native_cases import ROOT, run
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import bench_loss
 
 bench_cpu = pytest.importorskip("bench_cpu", reason="the benchmark compares with PEFT")
 
@@ -49,3 +52,20 @@ def test_shapes_by_name_and_by_size():
     assert bench_cpu.shape_of("3x4x5") == ("3x4x5", (3, 4, 5))
     with pytest.raises(bench_cpu.argparse.ArgumentTypeError, match="got '3x4', wants ROWSxD_INxD_OUT or one of square"):
         bench_cpu.shape_of("3x4")
+
+
+def test_the_losses(library, tmp_path):
+    output = tmp_path / "losses.json"
+    command = [sys.executable, "benchmarks/bench_loss.py", "--threads", "1", "--rounds", "1"]
+    done = run([*command, "--shapes", "8x16x500", "--output", str(output)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    for row in json.loads(output.read_text()):
+        assert row["milliseconds"].keys() == row["peaks"].keys() == bench_loss.IMPLEMENTATIONS.keys()
+        assert not row["errors"] and all(value > 0 for value in row["milliseconds"].values())
+
+
+@pytest.mark.parametrize("name", [*bench_loss.FROM_LOGITS, "hidden: ours"])
+def test_no_time_is_given_to_losses_that_are_wrong(library, monkeypatch, name):
+    right = bench_loss.IMPLEMENTATIONS[name]
+    monkeypatch.setitem(bench_loss.IMPLEMENTATIONS, name, lambda p: [result * 1.001 for result in right(p)])
+    assert "off by" in bench_loss.wrong(name, bench_loss.make_problem((8, 16, 500), torch.float32), torch.float32)

@@ -11,10 +11,14 @@ from echolora_kernels import native
 pytestmark = pytest.mark.usefixtures("library")
 
 NAMES = ("amx", "avx512", "avx2", "baseline")
-TESTS = tuple(f"tests/backends/test_backend_{name}.py" for name in ("kernels", "linear", "networks"))
+TESTS = (
+    *(f"tests/backends/test_backend_{name}.py" for name in ("kernels", "linear", "networks")),
+    "tests/losses/test_loss_rows.py",
+)
 # the kernels, and the layer and the echo networks where kinds of products, shapes and ranks differ
 CHOSEN = (
-    "cpp and (backend_kernels or float64 or ranks or shapes or narrower_layer or autocast or exact or grid or values)"
+    "cpp and (backend_kernels or loss_rows or float64 or ranks or shapes or narrower_layer or autocast or exact or grid "
+    "or values)"
 )
 
 

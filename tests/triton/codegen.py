@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from echolora_kernels.ops.dora_norm import triton_norm
+from echolora_kernels.ops.echo_distillation import triton_losses
 from echolora_kernels.ops.echo_lora_linear import configs, triton_backward_launch, triton_descriptors, triton_forward
 from echolora_kernels.ops.echo_lora_linear.dropout import Dropout
 from echolora_kernels.ops.echo_networks import triton_launch
@@ -49,7 +50,14 @@ class Recorder:
 
     def __init__(self):
         self.launches = []
-        for module in (triton_forward, triton_backward_launch, triton_descriptors, triton_norm, triton_launch):
+        for module in (
+            triton_forward,
+            triton_backward_launch,
+            triton_descriptors,
+            triton_norm,
+            triton_launch,
+            triton_losses,
+        ):
             module.run = self
 
     def __call__(self, kernel, grid, device, tile, **arguments):
@@ -154,6 +162,7 @@ def launches(arch, dtype, everything):
                     f"{where} dora dropout", input_backward, x, weight, s, a, gain=gain, dropout=some, **tile
                 )
     yield from _by_descriptors(arch, dtype, everything, adapters, record, x, weight, vector, gain, echo, some)
+    yield from _losses(everything, record, dtype)
     for rank in (16, 32, 64, 128, 256) if everything else (16, 64, 256):
         block = configs.rank_block(rank)
         for kind in sorted({dtype, wide}, key=str) if everything else (wide,):
@@ -214,6 +223,24 @@ def _by_descriptors(arch, dtype, everything, adapters, record, x, weight, vector
                 yield from record(f"{where} dropout", backward, x, weight, s, a, dropout=dropout, tile=tile)
             yield from record(f"{where} lora", linear, x, weight, s, b, bias=vector, tile=tile)
             yield from record(f"{where} lora", backward, x, weight, s, a, dropout=Dropout(), tile=tile)
+
+
+def _losses(everything, record, dtype):
+    """Of 128256 tokens, in the plainest and in the heaviest form; and with strides that nothing is known of."""
+    odd = [torch.empty(64, 7, 128257, device="meta", dtype=dtype)[..., 1:] for _ in range(2)]
+    plain = [torch.empty(64, 7, 128256, device="meta", dtype=dtype) for _ in range(2)]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    targets = torch.empty(448, dtype=torch.int64, device="meta")
+    stats, scales = (torch.empty(shape, dtype=wide, device="meta") for shape in ((448, 7), (3,)))
+    for temperature in (1.0, 2.0, 1.7) if everything else (1.7,):
+        for label, (off, on) in {"rows": plain, "odd rows": odd}.items():
+            where = f"{label} tau {temperature}"
+            yield from record(f"{where} off", triton_losses.forward, off, None, targets, temperature)
+            yield from record(where, triton_losses.forward, off, on, targets, temperature)
+            arguments = (targets, stats, temperature, scales)
+            backward = triton_losses.backward
+            yield from record(f"{where} off", backward, off, None, *arguments, (True, False), off, None)
+            yield from record(where, backward, off, on, *arguments, (True, True), off, on)
 
 
 def compile_all(arch, dtype, everything, kernel_name=None):

@@ -1,17 +1,65 @@
-"""The losses by kernels: what `reference` computes, by those of any backend."""
+"""The losses by kernels: what is saved, and what `reference` computes by those of any backend."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from ..echo_lora_linear.autograd import DTYPES, under_autocast
+from ..echo_lora_linear.autograd import DTYPES, traced, under_autocast
 from .checks import check_choices, check_labels, check_linear, check_rows
 from .kernels import load
-from .linear import chunk_rows_for
+from .linear import chunk_rows_for, linear_pass, scaled_gradients
 from .operators import forward_operator, linear_operator
+from .passes import backward_pass, forward_pass
 from .result import EchoLosses, combined, divisor_of, next_labels
+
+
+class RowsFunction(torch.autograd.Function):
+    """The sums [3]; saves the logits themselves and seven numbers of each row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        off: torch.Tensor,
+        on: torch.Tensor | None,
+        targets: torch.Tensor,
+        backend: str,
+        temperature: float,
+        off_learns: bool,
+        on_learns: bool,
+    ) -> torch.Tensor:
+        sums, stats = forward_pass(off, on, targets, backend, temperature)
+        ctx.save_for_backward(off, on, targets, stats)
+        ctx.constants = (backend, temperature, off_learns, on_learns)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:2]
+        arguments = (d_sums, *ctx.saved_tensors, *ctx.constants, needs)
+        found = iter(backward_pass(*arguments))
+        return *(next(found) if need else None for need in needs), *[None] * 5
+
+
+class LinearFunction(torch.autograd.Function):
+    """The sum of the losses, and the sums [3] without gradients; saves the gradients of the hidden states."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total, sums, d_hidden = linear_pass(*arguments)
+        ctx.needs = arguments[-1]
+        ctx.save_for_backward(d_hidden)
+        ctx.mark_non_differentiable(sums)
+        return total, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (d_hidden,) = ctx.saved_tensors
+        return *scaled_gradients(d_hidden, d_total, ctx.needs), *[None] * 10
 
 
 def echo_distillation(
@@ -41,7 +89,8 @@ def echo_distillation_rows(
         logits_off, logits_on = logits_off.to(both), logits_on.to(both)
     _check_limits(backend, "logits_off", logits_off)
     learns = (kd_detach != "off", kd_detach != "on")
-    sums, _ = forward_operator(logits_off, logits_on, targets, backend, float(temperature), *learns)
+    arguments = (logits_off, logits_on, targets, backend, float(temperature), *learns)
+    sums = forward_operator(*arguments)[0] if traced() else RowsFunction.apply(*arguments)
     routed = logits_on is not None
     parts = (sums[0], sums[1] if routed else None, sums[2] if routed else None)
     return combined(*parts, targets, temperature, kd_weight, num_items)
@@ -76,7 +125,8 @@ def echo_distillation_linear(
     chunk_rows = chunk_rows or chunk_rows_for(weight.shape[0], weight.dtype)
     learns = (kd_detach != "off", kd_detach != "on")
     constants = (backend, float(temperature), float(kd_weight), *learns, chunk_rows, needs)
-    total, sums, _ = linear_operator(hidden_off, hidden_on, weight, bias, targets, *constants)
+    arguments = (hidden_off, hidden_on, weight, bias, targets, *constants)
+    total, sums = linear_operator(*arguments)[:2] if traced() else LinearFunction.apply(*arguments)
     routed = hidden_on is not None
     parts = (sums[0], sums[1] if routed else None, sums[2] if routed else None)
     losses = combined(*parts, targets, temperature, kd_weight, num_items)

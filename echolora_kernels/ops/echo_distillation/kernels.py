@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Protocol, cast
 
 import torch
 
-STATS = 7  # of a row: max, sum of exponentials, the same of the tempered ones, of OFF and of ON; the divergence
+STATS = 7  # of a row: max, 1 / sum of exponentials, the same of the tempered ones, of OFF and of ON; the divergence
 
 
 class Kernels(Protocol):
@@ -66,6 +65,12 @@ class Kernels(Protocol):
 
 
 def load(backend: str) -> Kernels:
-    """The kernels of `backend`, imported as they are first asked for."""
-    module = {"triton": "triton_losses", "cpp": "compiled_losses"}[backend]
-    return cast(Kernels, importlib.import_module(f".{module}", __package__))
+    """The kernels of "triton" or "cpp"; imports what they need."""
+    # statements, which torch.compile can trace
+    if backend == "triton":
+        from . import triton_losses
+
+        return cast(Kernels, triton_losses)
+    from . import compiled_losses
+
+    return cast(Kernels, compiled_losses)

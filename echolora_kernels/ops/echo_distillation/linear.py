@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..echo_lora_linear.rows import accumulator_dtype
-from .kernels import Kernels
+from .kernels import load
 
 CHUNK_BYTES = 2**26  # of logits, both branches
 FEWEST_ROWS = 128  # of a product, both branches: fewer would read the head too often
@@ -17,22 +19,27 @@ def chunk_rows_for(vocabulary: int, dtype: torch.dtype) -> int:
 
 
 def linear_pass(
-    kernels: Kernels,
     hidden_off: torch.Tensor,
     hidden_on: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
+    backend: str,
     temperature: float,
     kd_weight: float,
-    learns: tuple[bool, bool],
+    off_learns: bool,
+    on_learns: bool,
     chunk_rows: int,
-    needs: tuple[bool, bool],
+    needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum of the losses over the rows, and its gradient; see `operators.linear_operator`.
+    """Sum of the losses over the rows, sums [3], and the gradient of the first for the hidden states in `needs`.
 
     The gradient is that of the sum, not of the mean: in float16 a mean's would be lost below the smallest number.
+
+    Returns:
+        [], [3], and [R, how many are needed, d] in the dtype of the hidden states.
     """
+    kernels, learns, which = load(backend), (off_learns, on_learns), (needs[0], needs[1])
     # a row's branches stand together, so that a chunk of both is one product
     hidden = hidden_off.unsqueeze(1) if hidden_on is None else torch.stack((hidden_off, hidden_on), 1)
     rows, branches, width = hidden.shape
@@ -58,7 +65,16 @@ def linear_pass(
         if not wanted:
             sums += kernels.forward(off, on, here, temperature)[0]
             continue
-        sums += kernels.forward_and_overwrite(off, on, here, temperature, scales, learns, needs)
+        sums += kernels.forward_and_overwrite(off, on, here, temperature, scales, learns, which)
         d_logits = out if len(wanted) == branches else logits[:, wanted[0]]
         torch.mm(d_logits, weight, out=d_hidden[begin : begin + count].view(-1, width))
     return torch.dot(sums, scales), sums, d_hidden
+
+
+def scaled_gradients(
+    d_hidden: torch.Tensor, d_total: torch.Tensor, needs: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of the hidden states, None where not needed, from what `linear_pass` saved."""
+    # in the wide dtype: a factor rounded to half precision would be an error that all rows share
+    scaled = iter((d_hidden.to(d_total.dtype) * d_total).to(d_hidden.dtype).unbind(1))
+    return tuple(next(scaled) if need else None for need in needs)

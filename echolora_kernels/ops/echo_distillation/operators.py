@@ -1,4 +1,7 @@
-"""`echolora::` operators of the losses: what autograd and torch.compile see of the kernels."""
+"""`echolora::` operators of the losses: what torch.compile sees of the kernels.
+
+Eager calls go round them (`autograd`): the first call of one imports all of torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,10 @@ from typing import Any
 
 import torch
 
-from ..echo_lora_linear.rows import accumulator_dtype, as_rows
-from .kernels import STATS, load
-from .linear import linear_pass
-
-
-def _rows_or_none(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else as_rows(tensor)
+from ..echo_lora_linear.rows import accumulator_dtype
+from .kernels import STATS
+from .linear import linear_pass, scaled_gradients
+from .passes import backward_pass, forward_pass
 
 
 @torch.library.custom_op("echolora::echo_distillation", mutates_args=())
@@ -27,7 +27,7 @@ def forward_operator(
     on_learns: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums [3], and what the backward pass wants to know of each row; see `kernels.Kernels`."""
-    return load(backend).forward(as_rows(off), _rows_or_none(on), targets.reshape(-1).contiguous(), temperature)
+    return forward_pass(off, on, targets, backend, temperature)
 
 
 @forward_operator.register_fake
@@ -50,18 +50,7 @@ def backward_operator(
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
     """The gradients of off and on that `needs` asks for."""
-    results = [off.new_empty(off.shape) if need else None for need in needs]
-    load(backend).backward(
-        as_rows(off),
-        _rows_or_none(on),
-        targets.reshape(-1).contiguous(),
-        stats,
-        temperature,
-        d_sums.contiguous(),
-        (off_learns, on_learns),
-        *map(_rows_or_none, results),
-    )
-    return [result for result in results if result is not None]
+    return backward_pass(d_sums, off, on, targets, stats, backend, temperature, off_learns, on_learns, needs)
 
 
 @backward_operator.register_fake
@@ -104,19 +93,8 @@ def linear_operator(
     Returns:
         [], [3], and [R, how many are needed, d] in the dtype of the hidden states.
     """
-    return linear_pass(
-        load(backend),
-        hidden_off,
-        hidden_on,
-        weight,
-        bias,
-        targets,
-        temperature,
-        kd_weight,
-        (off_learns, on_learns),
-        chunk_rows,
-        (needs[0], needs[1]),
-    )
+    inputs = (hidden_off, hidden_on, weight, bias, targets)
+    return linear_pass(*inputs, backend, temperature, kd_weight, off_learns, on_learns, chunk_rows, needs)
 
 
 @linear_operator.register_fake
@@ -137,9 +115,7 @@ def _save_linear(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward_linear(ctx: Any, d_total: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     (d_hidden,) = ctx.saved_tensors
-    # in the wide dtype: a factor rounded to half precision would be an error that all rows share
-    scaled = iter((d_hidden.to(d_total.dtype) * d_total).to(d_hidden.dtype).unbind(1))
-    return *(next(scaled) if need else None for need in ctx.needs), *[None] * 10
+    return *scaled_gradients(d_hidden, d_total, ctx.needs), *[None] * 10
 
 
 linear_operator.register_autograd(_backward_linear, setup_context=_save_linear)

@@ -22,7 +22,7 @@ __all__ = ["backward", "forward", "forward_and_overwrite", "want_runnable"]
 
 # columns at a time, by dtype class: what stays in registers of 8 or 4 warps
 FORWARD_TILES = {"half": Tile(1, 4096, 0, 8, 1), "single": Tile(1, 4096, 0, 8, 1), "double": Tile(1, 1024, 0, 8, 1)}
-BACKWARD_TILES = {"half": Tile(1, 2048, 0, 4, 1), "single": Tile(1, 2048, 0, 4, 1), "double": Tile(1, 512, 0, 4, 1)}
+BACKWARD_TILES = {"half": Tile(1, 1024, 0, 4, 1), "single": Tile(1, 1024, 0, 4, 1), "double": Tile(1, 512, 0, 4, 1)}
 
 NO_TARGET = tl.constexpr(IGNORE_INDEX)
 ROW_STATS = tl.constexpr(STATS)
@@ -63,6 +63,12 @@ def max_and_sums(p_row, V, stride_v, TEMPERATURE: tl.constexpr, BLOCK_V: tl.cons
         b_z_tau = b_z_tau * b_shrunk_tau + tl.sum(b_tempered, 0)
         b_max = b_new
     return b_max, b_z, b_z_tau
+
+
+@triton.jit
+def probability(b_power, b_inverse_z):
+    """The choice keeps this product from being fused into a difference, which would not be 0 for equal branches."""
+    return tl.where(b_power == 0, 0.0, b_power * b_inverse_z)
 
 
 @triton.jit
@@ -116,25 +122,26 @@ def distillation_fwd_kernel(
             b_max_on, b_z_on, b_z_tau_on = max_and_sums(p_on, V, stride_on_v, TEMPERATURE, BLOCK_V, ACC)
             b_ce_on = cross_entropy(p_on, i_target, V, stride_on_v, b_max_on, b_z_on, ACC)
             b_log_off, b_log_on = tl.log(b_z_tau_off), tl.log(b_z_tau_on)
+            b_inverse_off, b_inverse_on = 1 / b_z_tau_off, 1 / b_z_tau_on
             for i_v in range(0, V, BLOCK_V):
                 o_v = i_v + tl.arange(0, BLOCK_V)
                 b_a = logits_at(p_off, o_v, V, stride_off_v, ACC) - b_max_off
                 b_b = logits_at(p_on, o_v, V, stride_on_v, ACC) - b_max_on
                 _, b_q, b_cooled_a = powers(b_a, TEMPERATURE)
                 _, b_p, b_cooled_b = powers(b_b, TEMPERATURE)
-                b_p = b_p / b_z_tau_on
+                b_p = probability(b_p, b_inverse_on)
                 b_log_ratio = (b_cooled_b - b_log_on) - (b_cooled_a - b_log_off)
                 # q - p sums to 0, and takes away what rounding does to the sums z
-                b_kl += tl.sum(times_log_ratio(b_p, b_log_ratio) + (b_q / b_z_tau_off - b_p), 0)
+                b_kl += tl.sum(times_log_ratio(b_p, b_log_ratio) + (probability(b_q, b_inverse_off) - b_p), 0)
     tl.store(p_losses, b_ce_off)
     tl.store(p_losses + 1, b_ce_on)
     tl.store(p_losses + 2, b_kl)
     tl.store(p_stats, b_max_off)
-    tl.store(p_stats + 1, b_z_off)
-    tl.store(p_stats + 2, b_z_tau_off)
+    tl.store(p_stats + 1, 1 / b_z_off)
+    tl.store(p_stats + 2, 1 / b_z_tau_off)
     tl.store(p_stats + 3, b_max_on)
-    tl.store(p_stats + 4, b_z_on)
-    tl.store(p_stats + 5, b_z_tau_on)
+    tl.store(p_stats + 4, 1 / b_z_on)
+    tl.store(p_stats + 5, 1 / b_z_tau_on)
     tl.store(p_stats + 6, b_kl)
 
 
@@ -180,19 +187,19 @@ def distillation_bwd_kernel(
         b_ce_off, b_ce_on, b_kl = tl.load(scales), tl.load(scales + 1), tl.load(scales + 2) / TEMPERATURE
         b_a = logits_at(off + row_offsets(i_row, T, stride_off_n, stride_off_t), o_v, V, stride_off_v, ACC)
         b_plain, b_q, b_cooled_a = powers(b_a - tl.load(p_stats), TEMPERATURE)
-        m_target = o_v == i_target
-        b_d_off = b_ce_off * tl.where(m_target, b_plain / tl.load(p_stats + 1) - 1, b_plain / tl.load(p_stats + 1))
+        b_onehot = tl.where(o_v == i_target, 1.0, 0.0).to(ACC)
+        b_d_off = (probability(b_plain, tl.load(p_stats + 1)) - b_onehot) * b_ce_off
         if HAS_ON:
             b_b = logits_at(on + row_offsets(i_row, T, stride_on_n, stride_on_t), o_v, V, stride_on_v, ACC)
             b_plain, b_p, b_cooled_b = powers(b_b - tl.load(p_stats + 3), TEMPERATURE)
-            b_z_off, b_z_on = tl.load(p_stats + 2), tl.load(p_stats + 5)
-            b_p = b_p / b_z_on
+            b_inverse_off, b_inverse_on = tl.load(p_stats + 2), tl.load(p_stats + 5)
+            b_p = probability(b_p, b_inverse_on)
             if OFF_LEARNS:
-                b_d_off += b_kl * (b_q / b_z_off - b_p)
-            b_d_on = b_ce_on * tl.where(m_target, b_plain / tl.load(p_stats + 4) - 1, b_plain / tl.load(p_stats + 4))
+                b_d_off += (probability(b_q, b_inverse_off) - b_p) * b_kl
+            b_d_on = (probability(b_plain, tl.load(p_stats + 4)) - b_onehot) * b_ce_on
             if ON_LEARNS:
-                b_log_ratio = (b_cooled_b - tl.log(b_z_on)) - (b_cooled_a - tl.log(b_z_off))
-                b_d_on += b_kl * times_log_ratio(b_p, b_log_ratio - tl.load(p_stats + 6))
+                b_log_ratio = (b_cooled_b + tl.log(b_inverse_on)) - (b_cooled_a + tl.log(b_inverse_off))
+                b_d_on += times_log_ratio(b_p, b_log_ratio - tl.load(p_stats + 6)) * b_kl
     if NEED_OFF:
         p_d_off = d_off + row_offsets(i_row, T, stride_d_off_n, stride_d_off_t) + o_v.to(tl.int64) * stride_d_off_v
         tl.store(p_d_off, b_d_off, mask=m_v)

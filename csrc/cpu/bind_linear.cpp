@@ -1,51 +1,12 @@
-// The CPU implementations of the operators in csrc/library.cpp: tensors in, plain arguments out to the kernels.
-#include <torch/csrc/stable/library.h>
-
+// The CPU implementations of the adapted linear's operators in csrc/library.cpp.
 #include <array>
 #include <limits>
 #include <tuple>
-#include <vector>
 
-#include "../check.h"
-#include "dispatch.h"
+#include "bind.h"
 
 namespace echolora {
 namespace {
-
-void parallel(int64_t count, void (*task)(int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) task(i, context);
-  });
-}
-
-Type type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Type::f32;
-    case ScalarType::Double: return Type::f64;
-    case ScalarType::BFloat16: return Type::bf16;
-    default: return Type::f16;
-  }
-}
-
-Rows rows_of(const Tensor& tensor, const char* name) {
-  want_rows(tensor, name);
-  const bool samples = tensor.dim() == 3;
-  const int64_t t = samples, w = t + 1;
-  return {tensor.data_ptr(), type_of(tensor),  samples ? tensor.size(0) : 1,   tensor.size(t),
-          tensor.size(w),    samples ? tensor.stride(0) : 0, tensor.stride(t), tensor.stride(w)};
-}
-
-Thin thin_of(const Tensor& tensor, const char* name, ScalarType element, int64_t rows, int64_t cols, const Tensor& first) {
-  want_thin(tensor, name, element, rows, cols, first);
-  return {tensor.data_ptr(), type_of(tensor), tensor.stride(0), tensor.stride(1)};
-}
-
-// A contiguous optional argument's data.
-void* data_of(const Optional& tensor, const char* name, ScalarType dtype, int64_t numel, const Tensor& first) {
-  if (!tensor) return nullptr;
-  want_dense(*tensor, name, dtype, numel, first);
-  return tensor->data_ptr();
-}
 
 Dropout dropout_of(const Optional& seed, int64_t below, double keep_scale) {
   want(below >= 0 && below <= int64_t{1} << 24, "drop_below", below, "0 to 2^24");
@@ -54,20 +15,6 @@ Dropout dropout_of(const Optional& seed, int64_t below, double keep_scale) {
   want(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed", dtype_of(*seed), "one Long element");
   return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr())), below, keep_scale};
 }
-
-// Uninitialised, of one or two dimensions; not by torch::stable::new_empty, which looks its operator up by name.
-Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
-  const int64_t* sizes = shape.begin();
-  const int64_t strides[] = {shape.size() == 2 ? sizes[1] : 1, 1};
-  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), sizes, strides, type,
-                                                         aoti_torch_device_type_cpu(), -1, &made));
-  return Tensor(made);
-}
-
-// Scratch of `size` accumulators of `like`'s elements.
-Tensor work_for(int64_t size, const Tensor& like) { return empty({size}, accumulator_of(like.scalar_type())); }
 
 Shrink shrink_of(const Tensor& x, const Tensor& a, double scaling, const Dropout& dropout, const Optional& gain,
                  int64_t site, const Optional& delta, const Optional& mask) {
@@ -354,145 +301,6 @@ Tensor drop(const Tensor& x, const Tensor& seed, int64_t drop_below, double keep
   return out;
 }
 
-Distillation distillation_of(const Tensor& off, const Optional& on, const Tensor& targets, double temperature,
-                             const Optional& scales, bool off_learns, bool on_learns, const Optional& d_off,
-                             const Optional& d_on) {
-  Distillation p{};
-  p.off = rows_of(off, "off");
-  const auto like_off = [&](const Optional& tensor, const char* name) {
-    if (!tensor) return Rows{};
-    want_rows_like(*tensor, name, off, "off");
-    want_shape(*tensor, name, {p.off.samples, p.off.per_sample, p.off.width});
-    return rows_of(*tensor, name);
-  };
-  p.on = like_off(on, "on");
-  p.d_off = like_off(d_off, "d_off");
-  p.d_on = like_off(d_on, "d_on");
-  want(on || !d_on, "on", "None", "a tensor where d_on is given");
-  want(temperature > 0 && temperature < std::numeric_limits<double>::infinity(), "temperature",
-       temperature, "more than 0 and finite");
-  want_dense(targets, "targets", ScalarType::Long, p.off.total(), off);
-  p.targets = static_cast<const int64_t*>(targets.data_ptr());
-  for (int64_t m = 0; m < p.off.total(); m++)
-    want(p.targets[m] == IGNORED_TARGET || (p.targets[m] >= 0 && p.targets[m] < p.off.width), "targets",
-         p.targets[m], IGNORED_TARGET, " or a column of ", p.off.width);
-  p.temperature = temperature;
-  p.off_learns = off_learns;
-  p.on_learns = on_learns;
-  p.scales = data_of(scales, "scales", accumulator_of(off.scalar_type()), 3, off);
-  return p;
-}
-
-std::tuple<Tensor, Tensor> distillation(const Tensor& off, const Optional& on, const Tensor& targets,
-                                        double temperature, const Optional& scales, bool off_learns, bool on_learns,
-                                        const Optional& d_off, const Optional& d_on) {
-  Distillation p = distillation_of(off, on, targets, temperature, scales, off_learns, on_learns, d_off, d_on);
-  want(scales || !(d_off || d_on), "scales", "None", "a tensor where d_off or d_on is given");
-  const ScalarType wide = accumulator_of(off.scalar_type());
-  const Tensor sums = empty({3}, wide), stats = empty({p.off.total(), DISTILLATION_STATS}, wide);
-  p.sums = sums.data_ptr();
-  p.stats = stats.data_ptr();
-  const Tensor work = work_for(kernels().distillation_work(p), off);
-  p.work = work.data_ptr();
-  kernels().distillation(p, parallel);
-  return {sums, stats};
-}
-
-void distillation_backward(const Tensor& off, const Optional& on, const Tensor& targets, const Tensor& stats,
-                           double temperature, const Tensor& scales, bool off_learns, bool on_learns,
-                           const Optional& d_off, const Optional& d_on) {
-  Distillation p = distillation_of(off, on, targets, temperature, scales, off_learns, on_learns, d_off, d_on);
-  const ScalarType wide = accumulator_of(off.scalar_type());
-  want_dense(stats, "stats", wide, p.off.total() * DISTILLATION_STATS, off);
-  p.stats = stats.data_ptr();
-  kernels().distillation_backward(p, parallel);
-}
-
-// The up-projections of `samples` samples, and how many rows they have, in proj_up's dtype.
-Networks networks_of(const Tensor& proj_up, const Tensor& gate_up, const Tensor& gate_bias, const Tensor& scale,
-                     const std::vector<int64_t>& widths, int64_t samples, const Tensor& first) {
-  const ScalarType element = proj_up.scalar_type();
-  want(proj_up.dim() == 2, "proj_up", shape_of(proj_up), "2 dimensions");
-  want_element(proj_up, "proj_up");
-  Networks p{};
-  p.samples = samples;
-  p.m = proj_up.size(1);
-  p.count = static_cast<int64_t>(widths.size());
-  p.widths = widths.data();
-  p.type = type_of(proj_up);
-  int64_t rows = 0;
-  for (const int64_t width : widths) {
-    want(width >= 0, "widths", width, "at least 0");
-    rows += width;
-  }
-  want_shape(proj_up, "proj_up", {rows, p.m});
-  want_dense(proj_up, "proj_up", element, rows * p.m, first);
-  want_shape(gate_up, "gate_up", {rows, p.m});
-  want_dense(gate_up, "gate_up", element, rows * p.m, first);
-  want_shape(gate_bias, "gate_bias", {rows});
-  want_dense(gate_bias, "gate_bias", element, rows, first);
-  want_shape(scale, "scale", {p.count});
-  want_dense(scale, "scale", element, p.count, first);
-  p.proj_up = proj_up.data_ptr();
-  p.gate_up = gate_up.data_ptr();
-  p.gate_bias = gate_bias.data_ptr();
-  p.scale = scale.data_ptr();
-  return p;
-}
-
-std::tuple<Tensor, Tensor> networks_forward(const Tensor& u, const Tensor& down, const Tensor& proj_up,
-                                            const Tensor& gate_up, const Tensor& gate_bias, const Tensor& scale,
-                                            const std::vector<int64_t> widths) {
-  const ScalarType element = u.scalar_type();
-  want(u.dim() == 2, "u", shape_of(u), "2 dimensions");
-  want_element(u, "u");
-  NetworksForward p{};
-  p.networks = networks_of(proj_up, gate_up, gate_bias, scale, widths, u.size(0), u);
-  p.d = u.size(1);
-  want_dtype(proj_up, "proj_up", element);
-  want_dense(u, "u", element, p.networks.samples * p.d, u);
-  want_shape(down, "down", {p.networks.hidden(), p.d});
-  want_dense(down, "down", element, p.networks.hidden() * p.d, u);
-  const Tensor delta = empty({p.networks.samples * proj_up.size(0)}, element);
-  const Tensor h = empty({p.networks.samples, p.networks.hidden()}, accumulator_of(element));
-  p.u = u.data_ptr();
-  p.down = down.data_ptr();
-  p.h = h.data_ptr();
-  p.delta = delta.data_ptr();
-  kernels().networks_forward(p, parallel);
-  return {delta, h};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> networks_backward(
-    const Tensor& ddelta, const Tensor& h, const Tensor& proj_up, const Tensor& gate_up, const Tensor& gate_bias,
-    const Tensor& scale, const std::vector<int64_t> widths) {
-  const ScalarType element = ddelta.scalar_type();
-  want_element(ddelta, "ddelta");
-  want(h.dim() == 2, "h", shape_of(h), "2 dimensions");
-  NetworksBackward p{};
-  p.networks = networks_of(proj_up, gate_up, gate_bias, scale, widths, h.size(0), ddelta);
-  const int64_t samples = p.networks.samples, hidden = p.networks.hidden();
-  want_dtype(proj_up, "proj_up", element);
-  want_shape(ddelta, "ddelta", {samples * proj_up.size(0)});
-  want_dense(ddelta, "ddelta", element, samples * proj_up.size(0), ddelta);
-  want_shape(h, "h", {samples, hidden});
-  want_dense(h, "h", accumulator_of(element), samples * hidden, ddelta);
-  const Tensor da = empty({samples, hidden}, element);
-  const Tensor dproj_up = torch::stable::empty_like(proj_up), dgate_up = torch::stable::empty_like(gate_up);
-  const Tensor dgate_bias = torch::stable::empty_like(gate_bias), dscale = torch::stable::empty_like(scale);
-  p.ddelta = ddelta.data_ptr();
-  p.h = h.data_ptr();
-  p.da = da.data_ptr();
-  p.dproj_up = dproj_up.data_ptr();
-  p.dgate_up = dgate_up.data_ptr();
-  p.dgate_bias = dgate_bias.data_ptr();
-  p.dscale = dscale.data_ptr();
-  const Tensor work = work_for(kernels().networks_backward_work(p), ddelta);
-  p.work = work.data_ptr();
-  kernels().networks_backward(p, parallel);
-  return {da, dproj_up, dgate_up, dgate_bias, dscale};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(echolora, CPU, m) {
@@ -505,10 +313,6 @@ STABLE_TORCH_LIBRARY_IMPL(echolora, CPU, m) {
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("dora_norm", TORCH_BOX(&dora_norm));
   m.impl("drop", TORCH_BOX(&drop));
-  m.impl("distillation", TORCH_BOX(&distillation));
-  m.impl("distillation_backward", TORCH_BOX(&distillation_backward));
-  m.impl("networks_forward", TORCH_BOX(&networks_forward));
-  m.impl("networks_backward", TORCH_BOX(&networks_backward));
 }
 
 }  // namespace echolora
