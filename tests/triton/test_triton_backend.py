@@ -23,8 +23,8 @@ def test_chosen_for_gpu_tensors_only(monkeypatch):
     chosen = lambda device: backends.choose("echo_lora_linear", None, device)  # noqa: E731
     assert chosen(torch.device("cuda")).keywords == {"backend": "triton"}
     assert chosen(torch.device("cpu")) is chosen(None) is reference.echo_lora_linear
-    assert backends.choose("echo_networks", None, torch.device("cuda")).keywords == {"backend": "triton"}
-    assert backends.choose("echo_distillation", None, torch.device("cuda")).__module__.endswith("reference")
+    for op in ("echo_networks", *backends.LOSSES):
+        assert backends.choose(op, None, torch.device("cuda")).keywords == {"backend": "triton"}
 
 
 def test_unavailable_without_gpu_and_interpreter():
