@@ -89,6 +89,23 @@ def gradients_are_those_of_one_process(wrapper, mode, folder):
                 module.advance()
 
 
+@check(("ddp",), ("fsdp2",))
+def gradients_with_checkpointing_are_those_of_one_process(wrapper, folder):
+    one, two = model("two-pass"), model("packed")
+    two.model.enable_input_require_grads()
+    two.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    two = wrapped(two, wrapper)
+    for step in range(2):
+        alone(one, step)
+        together(two, step)
+        assert_same(
+            gradients(two), gradients(one), 1e-6
+        )  # norms are float32 within, over other rows than in two passes
+        for module in (one, getattr(two, "module", two)):
+            module.zero_grad()
+            module.advance()
+
+
 @check(*EVERY)
 def saved_and_resumed_training_is_that_of_one_process(wrapper, mode, folder):
     """AdamW with weight decay: what has no gradient on a step must not move, nor its moments."""
