@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import echolora_kernels
 from echolora_kernels import CheckpointError, EchoDataCollator
 from echolora_kernels.integrations.trainer import EchoCallback, EchoTrainer
 
@@ -192,6 +193,26 @@ def test_the_best_checkpoint_is_loaded(kind, tmp_path):
     best = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
     assert best.pop("_extra_state") == echo.step
     assert_same(best, trained(echo))
+
+
+def test_the_package_has_them():
+    assert echolora_kernels.EchoCallback is EchoCallback
+    assert issubclass(echolora_kernels.EchoTrainer, echolora_kernels.EchoTrainerMixin)
+    with pytest.raises(AttributeError, match="no attribute 'EchoTrainers'"):
+        _ = echolora_kernels.EchoTrainers
+
+
+def test_a_plain_trainer_leaves_an_adapter_to_save(tmp_path):
+    echo = echo_model(family="llama-tied")
+    trainer = trainer_of(echo, tmp_path, max_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "checkpoint"))  # what trains
+    assert_same(dict(load_file(tmp_path / "checkpoint" / "model.safetensors")), dict(echo.state_dict()))
+    echo.save_pretrained(tmp_path / "adapter")
+    torch.manual_seed(0)
+    stock = PeftModel.from_pretrained(tiny.base_model("llama-tied"), tmp_path / "adapter", autocast_adapter_dtype=False)
+    ids = torch.randint(1, tiny.VOCAB, (2, 7))
+    assert torch.equal(stock.eval()(ids).logits, echo.eval()(ids).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
