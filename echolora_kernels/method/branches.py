@@ -41,6 +41,9 @@ def telling_arguments(extra: dict[str, Any], attention_mask: torch.Tensor | None
     Args:
         extra: keyword arguments for the model, beside input_ids and attention_mask.
         attention_mask: [N, T] or None.
+
+    Raises:
+        ValueError: position_ids start again within a row, which then holds several samples.
     """
 
     def tells(name: str, value: Any) -> bool:
@@ -56,8 +59,15 @@ def telling_arguments(extra: dict[str, Any], attention_mask: torch.Tensor | None
 def _counts_columns(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
     """Whether every real token has its column as its position, as models number them by themselves."""
     other = position_ids != torch.arange(position_ids.shape[-1], device=position_ids.device)
+    falls = position_ids[..., 1:] < position_ids[..., :-1]
     if attention_mask is not None and attention_mask.ndim == position_ids.ndim:
-        other = other & (attention_mask != 0)
+        real = attention_mask != 0
+        other, falls = other & real, falls & real[:, 1:] & real[:, :-1]
+    if falls.any():
+        raise ValueError(
+            "position_ids: got positions that start again within a row, wants one sample a row "
+            "(its echo is read at the end of its prompt); do not pack samples"
+        )
     return not other.any()
 
 

@@ -123,6 +123,26 @@ def test_gradients_and_logs_are_those_of_a_plain_loop(kind, tmp_path):
 
 
 @both
+def test_models_that_take_no_number_of_items(kind, tmp_path):
+    """Then each micro-batch has a mean, and the trainer divides by their number."""
+    echo = echo_model()
+    echo.model.get_base_model().accepts_loss_kwargs = False
+    trainer = trainer_of(echo, tmp_path, kind, gradient_accumulation_steps=2, max_steps=4)
+    trainer.train()
+    for log in trainer.state.log_history[:4]:
+        parts = log["loss_off"] + (log["loss_on"] + log["loss_kd"] if log["routed"] else 0)
+        assert log["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_autocast(tmp_path):
+    echo = echo_model(dtype=torch.float32)
+    trainer = trainer_of(echo, tmp_path, EchoTrainer, bf16=True)
+    trainer.train()
+    assert echo.step == 6 and all(torch.isfinite(value).all() for value in trained(echo).values())
+    assert "loss_on" in trainer.state.log_history[1]
+
+
+@both
 def test_evaluation_has_no_echo(kind, tmp_path):
     echo = echo_model()
     held_out = samples(5)

@@ -260,6 +260,13 @@ def test_reasons_for_the_two_pass_form(form):
     assert "given logits_to_keep, which" in refusal(model, logits_to_keep=torch.tensor([0]))
 
 
+def test_several_samples_in_a_row_are_refused():
+    model, rows = echo_model(config=always_on(step_mode="auto")), batch()
+    del rows["attention_mask"]
+    with pytest.raises(ValueError, match="position_ids: got positions that start again"):
+        model(**rows, position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]).expand(3, -1))
+
+
 @FORMS
 @pytest.mark.parametrize("masked", [False, True])
 def test_arguments_that_change_nothing(form, masked):
