@@ -3,6 +3,8 @@
 Importing this package needs torch alone.
 """
 
+from typing import Any
+
 from . import functional, losses, reference
 from .batches import EchoDataCollator, PromptLengthSampler
 from .errors import (
@@ -38,3 +40,11 @@ __all__ = [
     "losses",
     "reference",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("EchoCallback", "EchoTrainer", "EchoTrainerMixin"):  # need transformers
+        from .integrations import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,18 +18,57 @@ if TYPE_CHECKING:
     from .model import EchoLoRA
 
 
+_ANY_VALUE = ("use_cache", "return_dict")  # say how the answer comes, not what it is
+_IF_ASKED = ("logits_to_keep", "output_attentions", "output_hidden_states", "output_router_logits")  # 0 or False: no
+
+
 def why_not_cut(echo_lora: EchoLoRA, extra: dict[str, Any]) -> str | None:
     """None where a batch may be cut at its boundaries, else the reason why not.
 
     Args:
-        extra: keyword arguments for the model, beside input_ids and attention_mask.
+        extra: keyword arguments for the model that `telling_arguments` left.
     """
     if not echo_lora.echo_config.answer_mask:
         return "answer_mask is False: the echo changes the prompts too"
-    unknown = sorted(set(extra) - {"use_cache"})
-    if unknown:
-        return f"the model is given {', '.join(unknown)}, which would have to be cut at the boundaries too"
+    if extra:
+        return f"the model is given {', '.join(sorted(extra))}, which would have to be cut at the boundaries too"
     return None
+
+
+def telling_arguments(extra: dict[str, Any], attention_mask: torch.Tensor | None) -> dict[str, Any]:
+    """Those of the keyword arguments that make a model compute something else than it does without them.
+
+    Args:
+        extra: keyword arguments for the model, beside input_ids and attention_mask.
+        attention_mask: [N, T] or None.
+
+    Raises:
+        ValueError: position_ids start again within a row, which then holds several samples.
+    """
+
+    def tells(name: str, value: Any) -> bool:
+        if value is None or name in _ANY_VALUE:
+            return False
+        if name in _IF_ASKED:
+            return not (isinstance(value, int) and value == 0)
+        return name != "position_ids" or not _counts_columns(value, attention_mask)
+
+    return {name: value for name, value in extra.items() if tells(name, value)}
+
+
+def _counts_columns(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+    """Whether every real token has its column as its position, as models number them by themselves."""
+    other = position_ids != torch.arange(position_ids.shape[-1], device=position_ids.device)
+    falls = position_ids[..., 1:] < position_ids[..., :-1]
+    if attention_mask is not None and attention_mask.ndim == position_ids.ndim:
+        real = attention_mask != 0
+        other, falls = other & real, falls & real[:, 1:] & real[:, :-1]
+    if falls.any():
+        raise ValueError(
+            "position_ids: got positions that start again within a row, wants one sample a row "
+            "(its echo is read at the end of its prompt); do not pack samples"
+        )
+    return not other.any()
 
 
 def recording_of(echo_lora: EchoLoRA, b: torch.Tensor) -> Any:

@@ -15,6 +15,7 @@ from ..integrations.adapters import AdaptedLinear, adapted_linears
 from ..integrations.blocks import decoder_blocks, hidden_width
 from ..integrations.heads import gives_logits, is_frozen_linear
 from ..layers.network import EchoNetworks
+from .branches import telling_arguments
 from .config import EchoConfig
 from .inject import Injector
 from .output import EchoLoRAOutput
@@ -123,7 +124,7 @@ class EchoLoRA(nn.Module):
             kwargs.setdefault("use_cache", False)
 
         logits: torch.Tensor | None = None
-        form = self._form_of_step(kwargs)
+        form = self._form_of_step(telling_arguments(kwargs, attention_mask))
         if form is not None:
             losses, skipped = form(self, input_ids, labels, attention_mask, num_items_in_batch)
         else:

@@ -28,7 +28,7 @@ def why_not_shared(echo_lora: EchoLoRA, extra: dict[str, Any]) -> str | None:
     """None where the shared step can be taken, else the reason why not.
 
     Args:
-        extra: keyword arguments for the model, beside input_ids and attention_mask.
+        extra: keyword arguments for the model that `telling_arguments` left.
     """
     reason = why_not_cut(echo_lora, extra)
     if reason is not None:

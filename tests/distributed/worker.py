@@ -12,6 +12,7 @@ import sys
 import traceback
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )  # fmt: skip
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from echolora_kernels import NonFiniteLoss
+from echolora_kernels.integrations.trainer import EchoCallback, EchoTrainer
 from echolora_kernels.training import loop
 from echolora_kernels.training.checkpoint import latest_checkpoint
 from echolora_kernels.training.run import train
@@ -294,28 +296,36 @@ def a_loss_that_is_no_number_in_one_process_stops_all(folder):
         train(settings_of_runs(), folder / "poisoned", Silent())
 
 
-@check(("shared",))
-def transformers_trainer_wraps_it(mode, folder):
+@check(("Trainer",), ("EchoTrainer",))
+def transformers_trainer_wraps_it(kind, folder):
     """Each epoch is one step of all samples, two in each process, whatever their order."""
-    one, two = model(mode), model(mode)
+    one, two = model("shared"), model("shared")
     samples = [sample(*lengths) for lengths in ((5, 3), (8, 2), (3, 4), (4, 6))]
     arguments = TrainingArguments(
-        output_dir=folder / "trainer", use_cpu=True, per_device_train_batch_size=2, max_steps=3, learning_rate=0.01,
-        lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, report_to=[], save_strategy="no",
-        remove_unused_columns=False, disable_tqdm=True,
+        output_dir=folder / kind, use_cpu=True, per_device_train_batch_size=2, max_steps=3, learning_rate=0.01,
+        lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, report_to=[], save_strategy="steps", save_steps=2,
+        remove_unused_columns=False, disable_tqdm=True, logging_steps=1,
     )  # fmt: skip
-    Trainer(model=two, args=arguments, train_dataset=samples, data_collator=pad, callbacks=[AdvanceEcho()]).train()
+    options = {"args": arguments, "train_dataset": samples, "data_collator": pad}
+    kinds = {"Trainer": partial(Trainer, callbacks=[EchoCallback]), "EchoTrainer": EchoTrainer}
+    trainer = kinds[kind](model=two, **options)
+    trainer.train()
     optimizer = torch.optim.SGD(trainable(one), lr=0.01)
-    for _ in range(3):
-        one(**pad(samples)).loss.backward()
+    for log in trainer.state.log_history[:3]:
+        output = one(**pad(samples))
+        for name in ("loss", "loss_off", "loss_on", "loss_kd"):
+            expected = None if output[name] is None else pytest.approx(output[name].item(), rel=1e-5)
+            assert log.get(name) == expected, name
+        output.loss.backward()
         _update(one, optimizer)
     assert two.step == 3
     assert_same(values(two), values(one), 1e-9)
-
-
-class AdvanceEcho(TrainerCallback):
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        model.advance()
+    resumed = model("shared")
+    with torch.no_grad():
+        for parameter in trainable(resumed):
+            parameter.zero_()
+    kinds[kind](model=resumed, **options).train(resume_from_checkpoint=str(folder / kind / "checkpoint-2"))
+    assert_same(values(resumed), values(two))
 
 
 @check(())

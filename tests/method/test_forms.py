@@ -253,8 +253,36 @@ def test_reasons_for_the_two_pass_form(form):
         return str(error.value)
 
     assert "answer_mask" in refusal(echo_model(config=always_on(step_mode=form, answer_mask=False)))
+    model = echo_model(config=always_on(step_mode=form))
+    positions = torch.arange(1, 11).expand(3, -1)
+    assert "given position_ids, which" in refusal(model, position_ids=positions, use_cache=False)
+    assert "given output_hidden_states, which" in refusal(model, output_hidden_states=True)
+    assert "given logits_to_keep, which" in refusal(model, logits_to_keep=torch.tensor([0]))
+
+
+def test_several_samples_in_a_row_are_refused():
+    model, rows = echo_model(config=always_on(step_mode="auto")), batch()
+    del rows["attention_mask"]
+    with pytest.raises(ValueError, match="position_ids: got positions that start again"):
+        model(**rows, position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]).expand(3, -1))
+
+
+@FORMS
+@pytest.mark.parametrize("masked", [False, True])
+def test_arguments_that_change_nothing(form, masked):
+    """What trainers pass to every model; positions of padding are nobody's business."""
+    torch.manual_seed(0)
+    model, rows = echo_model(config=always_on(step_mode=form)), batch()
     positions = torch.arange(10).expand(3, -1)
-    assert "position_ids" in refusal(echo_model(config=always_on(step_mode=form)), position_ids=positions)
+    if masked:
+        positions = positions * rows["attention_mask"]
+    else:
+        rows = {name: value[1:2] for name, value in rows.items() if name != "attention_mask"}
+        positions = positions[1:2]
+    expected = model(**rows).loss
+    extra = {"use_cache": True, "return_dict": True, "logits_to_keep": 0, "past_key_values": None}
+    quiet = dict.fromkeys(("output_attentions", "output_hidden_states", "output_router_logits"), False)
+    assert torch.equal(model(**rows, position_ids=positions, **extra, **quiet).loss, expected)
 
 
 def test_attention_without_masks_of_our_own():
