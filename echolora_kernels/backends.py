@@ -240,6 +240,25 @@ def availability() -> dict[str, str]:
     }
 
 
+def why(op: str, device: torch.device) -> dict[str, str]:
+    """Backend name -> "chosen" for the one that runs `op` on `device` where a call names none, else why it does not.
+
+    Raises:
+        ValueError, BackendUnavailable: as `choose` where ECHOLORA_BACKEND asks for what cannot be.
+    """
+    chosen = _chosen_name(op, None, device)
+
+    def reason(backend: Backend) -> str:
+        if backend.name == chosen:
+            return "chosen"
+        if op not in backend.operators:
+            return "does not have it"
+        otherwise = f"{chosen} comes first" if _preferred(backend, device) else f"not meant for {device.type} tensors"
+        return backend.why_unavailable() or otherwise
+
+    return {backend.name: reason(backend) for backend in BACKENDS}
+
+
 def _by_name(name: str) -> Backend:
     for backend in BACKENDS:
         if backend.name == name:

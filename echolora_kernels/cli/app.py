@@ -5,7 +5,10 @@ from __future__ import annotations
 import typer
 
 from .. import __version__
+from .doctor import doctor
+from .export import export
 from .train import train
+from .verify import verify
 
 app = typer.Typer(
     help="Fine-tune language models with Echo-LoRA, LoRA and DoRA.",
@@ -27,3 +30,6 @@ def _root(
 
 
 app.command(name="train", no_args_is_help=True)(train)
+app.command(name="export", no_args_is_help=True)(export)
+app.command(name="doctor")(doctor)
+app.command(name="verify")(verify)

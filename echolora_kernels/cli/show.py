@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -48,9 +49,32 @@ class RunDisplay:
                 yield record
 
     def _bar(self, *fields: str) -> Progress:
-        columns = [TextColumn("{task.description:<16}"), BarColumn(bar_width=24), MofNCompleteColumn()]
-        columns += [TextColumn(field) for field in fields]
-        return Progress(*columns, TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal)
+        return _bar(self._console, *fields)
+
+
+def _bar(console: Console, *fields: str, transient: bool = False) -> Progress:
+    columns = [TextColumn("{task.description:<16}"), BarColumn(bar_width=24), MofNCompleteColumn()]
+    columns += [TextColumn(field) for field in fields]
+    hidden = not console.is_terminal
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden, transient=transient)
+
+
+@contextmanager
+def progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error that goes when all is done; gives a function to call with how many are."""
+    with _bar(Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends the command in one line and with exit status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
 
 
 def quiet_libraries() -> None:

@@ -14,23 +14,15 @@ from echolora_kernels.integrations.transformers import load_model
 from echolora_kernels.training import loop
 
 
-def run(monkeypatch, *arguments):
-    """Exit status of `echolora ARGUMENTS`, run in this process."""
-    monkeypatch.setattr("sys.argv", ["echolora", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit:
-        cli.main()
-    return exit.value.code
-
-
 @pytest.fixture
-def train(monkeypatch, model_folder, data_file, tmp_path):
+def train(echolora, model_folder, data_file, tmp_path):
     def train(**changes):
         options = {
             "model": model_folder, "data": data_file, "output": tmp_path / "run", "steps": 3, "batch-size": 2,
             "eval-size": 4, "threads": 1, "save-every": 1, **changes,
         }  # fmt: skip
         arguments = [part for name, value in options.items() for part in _option(name, value)]
-        return run(monkeypatch, "train", *arguments)
+        return echolora("train", *arguments)
 
     return train
 
@@ -39,13 +31,13 @@ def _option(name, value):
     return [f"--{name}"] if value is True else [f"--{name}", value]
 
 
-def test_version_and_help(monkeypatch, capsys):
-    assert run(monkeypatch, "--version") == 0
+def test_version_and_help(echolora, capsys):
+    assert echolora("--version") == 0
     assert capsys.readouterr().out.strip() == __version__
-    assert run(monkeypatch, "train", "--help") == 0
+    assert echolora("train", "--help") == 0
     help = capsys.readouterr().out
     assert all(flag in help for flag in ("--model", "--kd-temperature", "--resume")) and "Example:" in help
-    assert run(monkeypatch, "--help") == 0
+    assert echolora("--help") == 0
     assert "--debug" in capsys.readouterr().out
 
 

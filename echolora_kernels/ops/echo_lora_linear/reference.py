@@ -48,10 +48,11 @@ def echo_lora_linear_group(
     check_group(x, projections, dropout_p, dora_dropout)
     dropped = F.dropout(x.to(projections[0].lora_a.dtype), dropout_p)
     two_products = dropout_p > 0.0 and dora_dropout == "exact"
-    return tuple(_project(x, dropped, projection, two_products) for projection in projections)
+    return tuple(project(x, dropped, projection, two_products) for projection in projections)
 
 
-def _project(x: torch.Tensor, dropped: torch.Tensor, p: Projection, two_products: bool) -> torch.Tensor:
+def project(x: torch.Tensor, dropped: torch.Tensor, p: Projection, two_products: bool) -> torch.Tensor:
+    """One projection of x, given what dropout left of it; `two_products` is DoRA's exact form."""
     injected = {} if p.echo is None else {p.echo.site: p.echo.spread()}
     adapter_input = dropped + injected["adapter_input"] if "adapter_input" in injected else dropped
     shrunk = F.linear(adapter_input.to(p.lora_a.dtype), p.lora_a)
