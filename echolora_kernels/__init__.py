@@ -13,6 +13,7 @@ from .errors import (
     EchoLoRAError,
     NonFiniteLoss,
 )
+from .integrations.fuse import FuseReport, fuse, unfuse
 from .layers import EchoLoRALinear, EchoNetworks
 from .method import EchoConfig, EchoLoRA, EchoLoRAOutput
 from .ops.echo_lora_linear import Echo
@@ -31,10 +32,13 @@ __all__ = [
     "EchoLoRALinear",
     "EchoLoRAOutput",
     "EchoNetworks",
+    "FuseReport",
     "NonFiniteLoss",
     "PromptLengthSampler",
     "__version__",
     "functional",
+    "fuse",
     "losses",
     "reference",
+    "unfuse",
 ]
