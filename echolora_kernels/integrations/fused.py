@@ -103,7 +103,9 @@ def operator_arguments(module: Any, x: torch.Tensor) -> dict[str, Any] | None:
     dropped = dropout.training and (magnitude is None or module.training)  # as PEFT: DoRA looks at the layer too
     dropout_p = getattr(dropout, "p", 0.0) if dropped else 0.0
     tensors = [t for t in (weight, bias, lora_a, lora_b, magnitude) if t is not None]
-    if any(type(t) not in _PLAIN for t in tensors) or not _dtypes_fit(module, x, weight, bias, lora_a, lora_b):
+    if any(type(t) not in _PLAIN for t in tensors):  # shards
+        return None
+    if not _dtypes_fit(module, x, weight, bias, lora_a, lora_b):
         return None
     if weight.requires_grad and magnitude is not None and dropout_p > 0:  # the kernels have no such gradient
         return None
@@ -132,15 +134,13 @@ def _dtypes_fit(
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     computed = torch.get_autocast_dtype(kind) if autocast else x.dtype
-    if autocast:
-        if torch.float64 in (x.dtype, weight.dtype) or not x.is_floating_point():  # which autocast leaves alone
-            return False
-    elif any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
-        return False
-    elif not module.cast_input_dtype_enabled and lora_a.dtype != x.dtype:
-        return False
+    if autocast:  # which leaves float64 alone
+        fits = x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
+    else:
+        fits = all(t is None or t.dtype == x.dtype for t in (weight, bias))
+        fits = fits and (module.cast_input_dtype_enabled or lora_a.dtype == x.dtype)
     wide_enough = torch.promote_types(computed, lora_a.dtype) == lora_a.dtype
-    return computed in _DTYPES and lora_a.dtype == lora_b.dtype and wide_enough
+    return fits and computed in _DTYPES and lora_a.dtype == lora_b.dtype and wide_enough
 
 
 def _is_quantised(weight: torch.Tensor) -> bool:
