@@ -15,6 +15,7 @@ from .errors import (
     EchoLoRAError,
     NonFiniteLoss,
 )
+from .integrations.fuse import FuseReport, fuse, unfuse
 from .layers import EchoLoRALinear, EchoNetworks
 from .method import EchoConfig, EchoLoRA, EchoLoRAOutput
 from .ops.echo_lora_linear import Echo
@@ -33,12 +34,15 @@ __all__ = [
     "EchoLoRALinear",
     "EchoLoRAOutput",
     "EchoNetworks",
+    "FuseReport",
     "NonFiniteLoss",
     "PromptLengthSampler",
     "__version__",
     "functional",
+    "fuse",
     "losses",
     "reference",
+    "unfuse",
 ]
 
 

@@ -66,6 +66,7 @@ def train(
     kd_detach: Annotated[str, Option(help="on, none or off: the side of the KL without gradient.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["kd_detach"],
     step_mode: Annotated[str, Option(help="auto, shared, packed or two-pass.", rich_help_panel=_ECHO)] = _ECHO_DEFAULT["step_mode"],
     seed: Annotated[int, Option(help="Of data, initial values, dropout and routing.", rich_help_panel=_RUN)] = _DEFAULT["seed"],
+    fuse: Annotated[bool, Option("--fuse/--no-fuse", help="Train the adapters through our operators, or through PEFT's own.", rich_help_panel=_RUN)] = _DEFAULT["fuse"],
     dtype: Annotated[str, Option(help="float32 or bfloat16.", rich_help_panel=_RUN)] = _DEFAULT["dtype"],
     device: Annotated[str, Option(help="cpu, cuda, cuda:N or auto.", rich_help_panel=_RUN)] = _DEFAULT["device"],
     threads: Annotated[int | None, Option(help="CPU threads; by default torch's choice.", rich_help_panel=_RUN)] = None,
@@ -100,6 +101,7 @@ def train(
         train_size=train_size,
         eval_size=eval_size,
         seed=seed,
+        fuse=fuse,
         dtype=dtype,
         device=device,
         echo=EchoConfig(

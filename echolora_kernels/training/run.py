@@ -17,6 +17,7 @@ from torch import nn
 
 from .. import __version__
 from ..errors import CheckpointError
+from ..integrations.fuse import fuse, unfuse
 from ..integrations.transformers import load_model
 from ..method.model import EchoLoRA
 from .checkpoint import latest_checkpoint, read_json, read_state
@@ -140,6 +141,9 @@ def train(
     before = earlier["accuracy_before"] if earlier else accuracy(base, "accuracy before")
     torch.manual_seed(settings.seed)  # whatever came before, the adapter starts from the same values
     model = with_adapter(base, settings)
+    if settings.fuse and (left := fuse(model).skipped):
+        name, reason = next(iter(left.items()))
+        observer.stage(f"PEFT computes {len(left)} adapters itself, the first of them {name}: {reason}")
     wrapped: nn.Module = EchoLoRA(model, settings.echo) if settings.uses_echo else model
     if processes.first:
         if overwrite:  # not before everything that can be refused has been accepted
@@ -165,6 +169,7 @@ def train(
 
     if isinstance(wrapped, EchoLoRA):
         wrapped.remove()
+    unfuse(model)  # what is evaluated and compared with the saved adapter is stock PEFT
     after = accuracy(model, "accuracy after")
 
     def results() -> dict[str, Any]:

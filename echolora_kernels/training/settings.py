@@ -48,6 +48,7 @@ class TrainSettings:
         max_length: tokens; longer samples are left out and counted.
         train_size: questions to draw from a reasoning-gym task. eval_size: held-out questions.
         seed: of data, initial values, dropout and routing.
+        fuse: whether the adapters' linears run through our operators while training, or through PEFT's.
         dtype: "float32", or "bfloat16" for the frozen weights and autocast (adapters stay float32).
         device: "cpu", "cuda", "cuda:N" or "auto".
         echo: choices of the method; `total_steps` and `seed` are taken from this run.
@@ -73,6 +74,7 @@ class TrainSettings:
     train_size: int = 2000
     eval_size: int = 100
     seed: int = 0
+    fuse: bool = True
     dtype: str = "float32"
     device: str = "auto"
     echo: EchoConfig = field(default_factory=EchoConfig)

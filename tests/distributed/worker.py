@@ -46,7 +46,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import Trainer, TrainingArguments
 
-from echolora_kernels import NonFiniteLoss
+from echolora_kernels import NonFiniteLoss, fuse
 from echolora_kernels.integrations.trainer import EchoCallback, EchoTrainer
 from echolora_kernels.training import loop
 from echolora_kernels.training.checkpoint import latest_checkpoint
@@ -73,12 +73,16 @@ EVERY = [(wrapper, mode) for wrapper in WRAPPERS for mode in MODES]
 @check(*EVERY, ("fsdp2, root resharded", "shared"))
 def gradients_are_those_of_one_process(wrapper, mode, folder):
     variants = (
-        ("native", {"dora": True, "dora_echo": "inside"}),
-        ("peft", {"dora": True, "dora_echo": "inside", "detach_source": False}),
-        ("peft", {"site": "adapter_input"}),
+        ("native", False, {"dora": True, "dora_echo": "inside"}),
+        ("peft", False, {"dora": True, "dora_echo": "inside", "detach_source": False}),
+        ("peft", False, {"site": "adapter_input"}),
+        ("peft", True, {"dora": True}),
     )
-    for kind, choices in variants:
-        one, two = model(mode, kind, **choices), wrapped(model(mode, kind, **choices), wrapper)
+    for kind, fused, choices in variants:
+        one, two = model(mode, kind, **choices), model(mode, kind, **choices)
+        if fused:
+            fuse(two, strict=True)
+        two = wrapped(two, wrapper)
         inner = getattr(two, "module", two)
         for step, routed in enumerate((True, False)):
             assert one.routed == inner.routed == routed

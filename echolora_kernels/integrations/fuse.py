@@ -1,0 +1,106 @@
+"""`fuse` and `unfuse`: the LoRA and DoRA linears of a live PEFT model computed by our operators."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from .. import backends
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What `fuse` did; `str()` of it is a table, in which blocks of one kind share a line.
+
+    Attributes:
+        fused: names of the layers that our operators compute.
+        skipped: name of each LoRA layer or adapter that PEFT goes on computing -> why.
+    """
+
+    fused: tuple[str, ...]
+    skipped: dict[str, str]
+
+    def __str__(self) -> str:
+        rows = [("fused", _pattern(name), "") for name in self.fused]
+        rows += [("skipped", _pattern(name), reason) for name, reason in self.skipped.items()]
+        lines = [("", "layers", "module", "why")]
+        lines += [(state, str(count), name, why) for (state, name, why), count in Counter(rows).items()]
+        widths = [max(len(line[column]) for line in lines) for column in range(3)]
+        return "\n".join(
+            f"{state:{widths[0]}}  {count:>{widths[1]}}  {name:{widths[2]}}  {why}".rstrip()
+            for state, count, name, why in lines
+        )
+
+
+def fuse(model: nn.Module, *, backend: str | None = None, strict: bool = False) -> FuseReport:
+    """Let our operators compute every PEFT LoRA or DoRA linear of `model`, in place.
+
+    Each layer gets a forward of its own that decides at every call: one active adapter of plain LoRA or DoRA on an
+    unquantised nn.Linear goes through `functional.echo_lora_linear`; all else (merged, disabled or several adapters,
+    adapter_names, other variants) through PEFT's forward. State dict, parameters and hooks stay as they are. Our
+    choice (O); docs/python.md "PEFT models".
+
+    Args:
+        model: a PeftModel, or any module that contains PEFT's LoRA layers.
+        backend: None chooses at each call, a name insists; a fused model is fused anew with it.
+        strict: raise if any LoRA layer or adapter cannot be fused.
+
+    Returns:
+        The report; LoRA layers that PEFT makes afterwards are not fused until `fuse` is called again.
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: it has no LoRA layer of PEFT; no backend has that name; or strict and something would be skipped,
+            and the message lists what and why. Nothing is changed then.
+        BackendUnavailable: `backend` names one that cannot run here.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wants a torch.nn.Module")
+    backends.choose("echo_lora_linear", backend)
+    if "peft" not in sys.modules:  # without it there cannot be a LoRA layer
+        raise ValueError("model: got no LoRA layer of PEFT, wants at least one (from peft.get_peft_model)")
+    from .fused import FusedForward, lora_layers_of, why_not_adapter
+
+    layers = lora_layers_of(model)
+    if not layers:
+        raise ValueError("model: got no LoRA layer of PEFT, wants at least one (from peft.get_peft_model)")
+    fused, skipped = [], {}
+    for name, (module, reason) in layers.items():
+        replaced = module.__dict__.get("forward")
+        if reason is None and replaced is not None and not isinstance(replaced, FusedForward):
+            reason = "its forward has been replaced"
+        if reason is not None:
+            skipped[name] = reason
+            continue
+        reasons = {adapter: why_not_adapter(module, adapter) for adapter in module.lora_A}
+        for adapter, why in reasons.items():
+            if why is not None:
+                skipped[f"{name} ({adapter})"] = why
+        if None in reasons.values():
+            fused.append(name)
+    report = FuseReport(tuple(fused), skipped)
+    if strict and skipped:
+        raise ValueError(f"model: strict, but PEFT has to compute\n{FuseReport((), skipped)}")
+    for name in fused:
+        module = layers[name][0]
+        module.forward = FusedForward(module, backend)
+    return report
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every fused layer of `model` PEFT's forward back; nothing of `fuse` is left in it."""
+    if "peft" not in sys.modules:
+        return
+    from .fused import FusedForward
+
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), FusedForward):
+            del module.forward
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
