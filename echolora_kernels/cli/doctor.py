@@ -16,7 +16,7 @@ from ..backends import BACKENDS
 from ..environment import variables_set
 from ..verification.run import plan
 from .show import interruptible
-from .verify import as_json, lines, run, summary
+from .verify import as_json, left_out, lines, run, summary
 
 _PACKAGES = ("triton", "peft", "transformers", "trl", "accelerate", "bitsandbytes")
 
@@ -39,7 +39,9 @@ def doctor(
     if json_output:
         typer.echo(json.dumps({**facts, "self_test": as_json(rows, not_run)}, indent=2))
     else:
-        typer.echo("\n".join(["\nself-test", *(f"  {line}" for line in (*lines(rows), summary(rows)))]))
+        typer.echo(
+            "\n".join(["\nself-test", *(f"  {line}" for line in (*left_out(not_run), *lines(rows), summary(rows)))])
+        )
     if not all(row.passed for row in rows):
         raise typer.Exit(1)
 

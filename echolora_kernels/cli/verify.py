@@ -82,8 +82,8 @@ def show(rows: Sequence[Row], not_run: Sequence[Row]) -> None:
         console = Console(width=200)  # a log file has no width
     if rows:
         console.print(table)
-    for row in not_run:
-        console.print(f"not run: {row.operator}, {_where(row)}, {row.dtype}: {row.not_run}", highlight=False)
+    for line in left_out(not_run):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
@@ -97,6 +97,11 @@ def lines(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if not row.passed
     ]
+
+
+def left_out(not_run: Sequence[Row]) -> list[str]:
+    """What was not run and why, as plain text."""
+    return [f"not run: {row.operator}, {_where(row)}, {row.dtype}: {row.not_run}" for row in not_run]
 
 
 def as_json(rows: Sequence[Row], not_run: Sequence[Row]) -> dict[str, Any]:

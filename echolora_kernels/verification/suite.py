@@ -110,7 +110,7 @@ def _losses(small: bool) -> Iterator[Check]:
     for (operator, sizes), (text, chosen) in itertools.product(where.items(), options.items()):
         make = functools.partial(_loss, operator, {**sizes, **chosen})
         shape = f"{list(sizes['shape'])}, vocabulary {sizes['vocabulary']}"  # type: ignore[call-overload]
-        yield Check(operator, text, shape, 32, make, text.startswith("kd_detach none"))
+        yield Check(operator, text, shape, 64, make, text.startswith("kd_detach none"))
 
 
 def _loss(operator: str, options: dict, backend: str, device: torch.device, dtype: torch.dtype) -> Trial:

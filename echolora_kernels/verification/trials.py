@@ -16,7 +16,7 @@ LIMIT = 1.5  # times the error of plain torch
 
 @dataclass(frozen=True)
 class Trial:
-    """One draw of arguments.
+    """One draw of arguments. Outputs whose names have the first word in common are pooled.
 
     Args:
         tensors: floating arguments by name, in the dtype that is verified.

@@ -42,9 +42,8 @@ def test_every_gradient_is_compared(cpp):
     assert of("echo_lora_linear") == {"y", *gradients}
     assert {"y0", "y1", "y2", "dlora_a2", "dmagnitude1", "ddelta0", "dx"} <= of("echo_lora_linear_group")
     assert of("echo_networks") == {"delta", "du", "ddown", "dproj_up", "dgate_up", "dgate_bias", "dscale"}
-    parts = {"loss", "loss_off", "loss_on", "loss_kd"}
     for operator in backends.LOSSES:
-        assert of(operator) == {*parts, "doff", "don"}
+        assert of(operator) == {"losses", "loss_kd", "doff", "don"}
 
 
 def _scaled(change):
@@ -170,6 +169,20 @@ def test_the_doctor_says_what_runs_and_why(echolora, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["self_test"]["passed"] and found["environment"]["ECHOLORA_CACHE"] == "/some/where"
     assert found["operators"]["echo_lora_linear on cpu"]["reference"] in ("chosen", "cpp comes first")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton then runs on the GPU")
+def test_the_interpreter_is_left_out_of_the_quick_part_and_said_so(echolora, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    backends._why_no_triton.cache_clear()
+    try:
+        if backends._why_no_triton() is not None:
+            pytest.skip("no Triton")
+        assert {job.backend for job in plan(["triton"], ["float32"], quick=True)[0]} == {"triton"}
+        assert echolora("doctor") == 0
+    finally:
+        backends._why_no_triton.cache_clear()
+    assert "not run: all, triton, all: Triton's interpreter" in capsys.readouterr().out
 
 
 def test_the_doctor_finds_wrong_numbers(cpp, echolora, monkeypatch, capsys):
