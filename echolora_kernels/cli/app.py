@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .. import __version__
+from .bench import bench
 from .doctor import doctor
 from .export import export
 from .train import train
@@ -33,3 +34,13 @@ app.command(name="train", no_args_is_help=True)(train)
 app.command(name="export", no_args_is_help=True)(export)
 app.command(name="doctor")(doctor)
 app.command(name="verify")(verify)
+# its flags are the ones of `python -m echolora_kernels.benchmarks`, which reads them without typer
+app.command(
+    name="bench",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+        "help_option_names": [],
+    },
+)(bench)
