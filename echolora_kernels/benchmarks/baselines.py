@@ -200,7 +200,7 @@ def by_addmm(layer: Layer, truth: Truth) -> Implementation:
         return [kept_by(drop, rows, rows.dtype, layer.dropout).view(layer.x.shape)]
 
     expected = functools.partial(truth.expected, layer.x.dtype, masks)
-    return Implementation(forward, layer.leaves(), layer.incoming, expected, OTHERS_LIMIT)
+    return Implementation(forward, layer.leaves(), layer.incoming, expected, limit=OTHERS_LIMIT)
 
 
 def by_unsloth(layer: Layer, truth: Truth) -> Implementation:
@@ -217,4 +217,4 @@ def by_unsloth(layer: Layer, truth: Truth) -> Implementation:
         return [with_echo(y, p) for y, p in zip(outputs, layer.projections, strict=True)]
 
     expected = functools.partial(truth.expected, layer.x.dtype, None)
-    return Implementation(forward, layer.leaves(), layer.incoming, expected, OTHERS_LIMIT)
+    return Implementation(forward, layer.leaves(), layer.incoming, expected, limit=OTHERS_LIMIT)

@@ -6,6 +6,7 @@ import fnmatch
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,8 +53,8 @@ class Case:
         """Rows of x, for layers that leave it to the device."""
         return self.rows or _ROWS.get(device.type, _ROWS["cpu"])
 
-    def build(self, device: torch.device) -> Problem:
-        """Arguments and implementations on `device`, drawn from a seed of its own."""
+    def build(self, device: torch.device, seed: int = 0) -> Problem:
+        """Arguments and implementations on `device`, drawn from `seed`."""
         from . import layers, losses, networks, steps
 
         make: dict[str, Callable[[Case, torch.device], Problem]] = {
@@ -62,7 +63,7 @@ class Case:
             "networks": networks.build,
             "step": steps.build,
         }
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return make[self.kind](self, device)
 
 
@@ -165,14 +166,14 @@ def _losses(model: Model) -> Iterator[Case]:
         model.loss_rows, ("routed", "plain"), ("hidden", "logits"), DTYPES
     ):
         name = f"{model.name}/loss/{part}/{source}/{rows}/{dtype}"
-        sizes = {"d_in": model.width, "widths": (model.vocabulary,), "rows": rows}
+        sizes: dict[str, Any] = {"d_in": model.width, "widths": (model.vocabulary,), "rows": rows}
         yield Case(name, "loss", model.name, part, dtype, options=(source,), **sizes)
 
 
 def _networks(model: Model) -> Iterator[Case]:
     for samples in (4, 8):
         name = f"{model.name}/networks/targets/{samples}/fp32"
-        sizes = {"d_in": model.width, "widths": model.target_widths(), "rows": samples}
+        sizes: dict[str, Any] = {"d_in": model.width, "widths": model.target_widths(), "rows": samples}
         yield Case(name, "networks", model.name, "targets", "fp32", **sizes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,34 +30,40 @@ class Verdict:
     problem: str | None = None
 
 
-def check(implementation: Implementation) -> Verdict:
-    """Runs it once and compares outputs and gradients; results whose names have the first word in common are pooled."""
-    if implementation.expected is None:
-        return Verdict(None)
-    implementation.prepare()
-    torch.manual_seed(SEED)
-    got = _results(implementation)
-    plain, exact = implementation.expected()
-    pooled: dict[str, list[str]] = {}
-    for name in exact:
-        pooled.setdefault(name.partition(" ")[0], []).append(name)
-    worst, culprit = 0.0, ""
-    for word, names in pooled.items():
-        errors, numbers = Errors(), 0
-        for name in names:
+def check(draws: Iterable[Implementation]) -> Verdict:
+    """Runs one implementation on each draw of a case's arguments and compares outputs and gradients.
+
+    The errors of all draws are pooled, and those of results whose names have the first word in common.
+    """
+    pooled: dict[str, Errors] = {}
+    numbers: dict[str, int] = {}
+    near: dict[str, bool] = {}
+    limit = 0.0
+    for implementation in draws:
+        if implementation.expected is None:
+            return Verdict(None)
+        limit = implementation.limit
+        implementation.prepare()
+        torch.manual_seed(SEED)
+        got = _results(implementation)
+        plain, exact = implementation.expected()
+        for name in exact:
+            word = name.partition(" ")[0]
             try:
-                errors.add(got[name], plain[name], exact[name])
+                pooled.setdefault(word, Errors()).add(got[name], plain[name], exact[name])
             except ValueError as error:
                 return Verdict(None, f"{name}: {error}")
-            numbers += exact[name].numel()
-        if numbers < _FEW and all(_near(got[name], exact[name], implementation) for name in names):
+            numbers[word] = numbers.get(word, 0) + exact[name].numel()
+            near[word] = near.get(word, True) and _near(got[name], exact[name], implementation)
+    worst, culprit = 0.0, ""
+    for word, errors in pooled.items():
+        if numbers[word] < _FEW and near[word]:
             continue
         for kind, ratio in zip(("largest", "rms"), errors.ratios(), strict=True):
             if not math.isnan(worst) and not ratio <= worst:
                 worst, culprit = ratio, f"{kind} error of {word}"
-    if not worst <= implementation.limit:
-        limit = f"at most {implementation.limit:g} is right"
-        return Verdict(worst, f"{culprit} is {worst:.3g} times plain torch's, {limit}")
+    if not worst <= limit:
+        return Verdict(worst, f"{culprit} is {worst:.3g} times plain torch's, at most {limit:g} is right")
     return Verdict(worst)
 
 

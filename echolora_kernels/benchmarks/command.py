@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,7 +13,7 @@ import torch
 
 from ..environment import conditions
 from . import display, rates, report
-from .cases import DTYPES, KINDS, METHODS, PHASES, Case, Filters, registry
+from .cases import CUSTOM, DTYPES, KINDS, METHODS, PHASES, Case, Filters, registry
 from .run import Bench, Row, release
 from .timing import TIMERS, Timer
 
@@ -55,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--echo", nargs="+", default=[], choices=("on", "off"))
     which.add_argument("--dtype", nargs="+", default=[], type=_dtype, choices=DTYPES)
     which.add_argument("--quick", action="store_true", help="of these, those of the quick part")
-    which.add_argument("--shape", nargs="+", default=[], metavar="MxKxN", help="further layers; MxKxN+N+N is a group")
+    which.add_argument(
+        "--shape", nargs="+", default=[], metavar="MxKxN", help="layers of these sizes instead; MxKxN+N+N is a group"
+    )
     which.add_argument(
         "--rows", type=int, metavar="M", help="rows of x in the layers (default: 1024 on a CPU, 8192 on a GPU)"
     )
@@ -66,8 +69,8 @@ def parser() -> argparse.ArgumentParser:
         "--implementations",
         nargs="+",
         default=[],
-        metavar="NAME",
-        help="beginnings of names to time besides the base (default: all)",
+        metavar="GLOB",
+        help="patterns of names to time besides the base, such as 'ours*' (default: all)",
     )
     how.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default: auto)")
     how.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own choice)")
@@ -101,8 +104,8 @@ def main(arguments: Sequence[str]) -> int:
         ValueError, FileNotFoundError, RuntimeError: a flag cannot be honoured; the message names it.
     """
     options = parser().parse_args(arguments)
-    device = _device(options.device)
-    cases = _cases(options, device)
+    device = device_of(options.device)
+    cases = cases_of(options, device)
     if options.list:
         print("\n".join(case.name for case in cases))
         return 0
@@ -140,7 +143,8 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if wrong else 0
 
 
-def _cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
+def cases_of(options: argparse.Namespace, device: torch.device) -> list[Case]:
+    """The cases that the flags ask for; the quick part where they ask for none."""
     filters = Filters(
         options.cases,
         options.kind,
@@ -153,12 +157,15 @@ def _cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
         options.dtype,
         options.quick,
     )
-    if filters.empty() and not options.list:
-        filters = Filters(model=["custom"]) if options.shape else Filters(quick=True)
+    if options.shape and not options.cases and not options.model:
+        filters = replace(filters, model=[CUSTOM])
+    elif filters.empty() and not options.list:
+        filters = Filters(quick=True)
     return filters.keep(registry(options.shape, options.rows), device)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of that name, or the GPU where there is one for "auto"."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,17 +86,25 @@ class Truth:
         self._known: dict[torch.dtype, Tensors] = {}
 
     def expected(self, adapters: torch.dtype, masks: Callable[[], Masks] | None) -> tuple[Tensors, Tensors]:
-        """By plain torch with adapters of that dtype, and in float64; `masks` replays the dropout of the check."""
+        """By plain torch in the layer's dtype, and in float64.
+
+        Args:
+            adapters: dtype of the implementation's adapters, and so of their gradients.
+            masks: replays the dropout of the check.
+        """
         dtype = self.layer.x.dtype
         if self.layer.dropout == 0 or masks is None:
-            return self._without_dropout(dtype, adapters), self._without_dropout(torch.float64, torch.float64)
-        found = masks()
-        return self.layer.to(dtype, adapters).plain(found), self.layer.to(torch.float64, torch.float64).plain(found)
+            plain, exact = (self._without_dropout(kind) for kind in (dtype, torch.float64))
+        else:
+            found = masks()
+            plain, exact = (self.layer.to(kind, kind).plain(found) for kind in (dtype, torch.float64))
+        wide = {name for name in exact if name.startswith(("dlora", "dmagnitude"))}
+        return {name: each.to(adapters) if name in wide else each for name, each in plain.items()}, exact
 
-    def _without_dropout(self, dtype: torch.dtype, adapters: torch.dtype) -> Tensors:
-        if adapters not in self._known:
-            self._known[adapters] = self.layer.to(dtype, adapters).plain(None)
-        return self._known[adapters]
+    def _without_dropout(self, dtype: torch.dtype) -> Tensors:
+        if dtype not in self._known:
+            self._known[dtype] = self.layer.to(dtype, dtype).plain(None)
+        return self._known[dtype]
 
 
 def build(case: Case, device: torch.device) -> Problem:
@@ -106,9 +115,16 @@ def build(case: Case, device: torch.device) -> Problem:
     found = {"frozen": frozen(layer), **found}
     for name, backend, adapters in _ours(layer.x):
         found[name] = ours(layer.to(layer.x.dtype, adapters), truth, backend)
-    sizes = (layer.x.shape[:-1].numel(), case.d_in, case.widths, case.rank)
-    options = {"dora": case.method == "dora", "dropout": layer.dropout, "itemsize": layer.x.element_size()}
-    return Problem("frozen", found, absent, floor.layer(*sizes, **options))
+    stages = floor.layer(
+        layer.x.shape[:-1].numel(),
+        layer.x.shape[-1],
+        case.widths,
+        len(layer.projections[0].lora_a),
+        dora=case.method == "dora",
+        dropout=layer.dropout,
+        itemsize=layer.x.element_size(),
+    )
+    return Problem("frozen", found, absent, stages)
 
 
 def draw(case: Case, device: torch.device) -> Layer:
@@ -158,7 +174,7 @@ def _ours(x: torch.Tensor) -> list[tuple[str, str, torch.dtype]]:
 
 def ours(layer: Layer, truth: Truth, backend: str) -> Implementation:
     """The package's operator; a group where there are several projections."""
-    options = {"dropout_p": layer.dropout, "backend": backend}
+    options: dict[str, Any] = {"dropout_p": layer.dropout, "backend": backend}
 
     def forward() -> Sequence[torch.Tensor]:
         if len(layer.projections) > 1:

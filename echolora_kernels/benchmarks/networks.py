@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -26,12 +28,14 @@ def build(case: Case, device: torch.device) -> Problem:
 
     def flat(backend: str, limit: float) -> Implementation:
         leaves = {name: each.clone().requires_grad_() for name, each in zip(_NAMES, parameters, strict=True)}
-        forward = lambda: functional.echo_networks(u, *leaves.values(), widths, backend=backend)  # noqa: E731
+        arguments: Any = (u, *leaves.values(), widths)
+        forward = lambda: functional.echo_networks(*arguments, backend=backend)  # noqa: E731
         return Implementation(forward, leaves, incoming, lambda: (_flat(results[0]), _flat(results[1])), limit=limit)
 
     def results_in(dtype: torch.dtype) -> Tensors:
         leaves = [each.to(dtype).requires_grad_() for each in parameters]
-        deltas = functional.echo_networks(u.to(dtype), *leaves, widths, backend="reference")
+        arguments: Any = (u.to(dtype), *leaves, widths)
+        deltas = functional.echo_networks(*arguments, backend="reference")
         gradients = torch.autograd.grad(list(deltas), leaves, [each.to(dtype) for each in incoming])
         found = {f"y{index}": delta.detach() for index, delta in enumerate(deltas)}
         return found | {name: gradient for name, gradient in zip(_NAMES, gradients, strict=True)}

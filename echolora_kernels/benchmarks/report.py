@@ -34,30 +34,6 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer.writerows(dataclasses.astuple(row) for row in rows)
 
 
-def read_csv(path: Path) -> list[Row]:
-    """What `write_csv` has written.
-
-    Raises:
-        ValueError: the columns are others.
-    """
-    with path.open(newline="") as file:
-        lines = list(csv.reader(file))
-    if not lines or lines[0] != COLUMNS:
-        raise ValueError(f"{path}: got columns {lines[0] if lines else []}, wants {COLUMNS}")
-    kinds = {each.name: str(each.type) for each in dataclasses.fields(Row)}
-    return [
-        Row(**{name: _read(kinds[name], text) for name, text in zip(COLUMNS, line, strict=True)}) for line in lines[1:]
-    ]
-
-
-def _read(kind: str, text: str) -> str | int | float | bool | None:
-    name = kind.partition(" ")[0]
-    if "None" in kind and not text:
-        return None
-    readers = {"int": int, "float": float, "bool": lambda text: text == "True"}
-    return readers.get(name, str)(text)
-
-
 def write_json(rows: Sequence[Row], facts: dict, path: Path) -> None:
     """The environment and all rows."""
     content = {"environment": facts, "rows": [dataclasses.asdict(row) for row in rows]}
@@ -98,7 +74,7 @@ def remarks_of(rows: Sequence[Row]) -> list[str]:
 
 def title_of(row: Row) -> str:
     """A case in one line."""
-    sizes = f"{row.rows} x {row.d_in} -> {row.d_out}"
+    sizes = f"{row.rows} samples" if row.kind in ("step", "networks") else f"{row.rows} x {row.d_in} -> {row.d_out}"
     return f"{row.case}  ({sizes})"
 
 

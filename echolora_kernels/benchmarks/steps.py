@@ -20,6 +20,8 @@ from .problem import OTHERS_LIMIT, Implementation, Problem, Tensors
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
+_WIDEST_ON_CPU = 1024  # wider models take minutes a step, and more memory than most have
+
 
 def build(case: Case, device: torch.device) -> Problem:
     """A model of the case's sizes with random weights, and one batch as long as the task's.
@@ -28,7 +30,7 @@ def build(case: Case, device: torch.device) -> Problem:
     """
     if importlib.util.find_spec("transformers") is None:
         return Problem(None, {}, {"all": "transformers is not installed"})
-    if case.model != "smollm2" and device.type == "cpu":
+    if MODELS[case.model].width > _WIDEST_ON_CPU and device.type == "cpu":
         return Problem(None, {}, {"all": "a model of this size is timed on GPUs alone"})
     checkpointing, dtype = "checkpointed" in case.options, DTYPES[case.dtype]
     assert case.rows is not None and case.rank is not None
@@ -36,9 +38,11 @@ def build(case: Case, device: torch.device) -> Problem:
     with_peft = importlib.util.find_spec("peft") is not None
     adapt = _by_peft if with_peft else _by_ours
 
+    rank = case.rank
+
     def make() -> EchoLoRA:
         with torch.device(device):
-            model = adapt(_base(sizes, dtype), case.rank, case.method == "dora")
+            model = adapt(_base(sizes, dtype), rank, case.method == "dora")
         return EchoLoRA(model, EchoConfig(echo_end_probability=1.0)).train()
 
     model = make()
@@ -80,9 +84,8 @@ def _base(sizes: Model, dtype: torch.dtype) -> Any:
         head_dim=sizes.head_width,
         tie_word_embeddings=sizes.tied,
         pad_token_id=0,
-        attn_implementation="sdpa",
     )
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").requires_grad_(False)
 
 
 def _by_peft(model: Any, rank: int, dora: bool) -> Any:

@@ -179,4 +179,9 @@ def captured_turn(implementation: Implementation, phase: str) -> Turn:
     second = torch.cuda.CUDAGraph()
     with torch.cuda.graph(second, pool=graph.pool()):
         held.append(implementation.backward(outputs))
-    return Turn(graph.replay, lambda _: (second.replay(), held))
+
+    def first() -> list[Any]:
+        graph.replay()
+        return held
+
+    return Turn(first, lambda _: second.replay())
