@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from bench_cases_tiny import CPU, custom_case, tiny_bench, tiny_cases
+from small_cases import CPU, custom_case, tiny_bench, tiny_cases
 
 from echolora_kernels.benchmarks import command, layers, memory, plots, report, timing
 from echolora_kernels.benchmarks.check import check

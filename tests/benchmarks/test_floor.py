@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bench_cases_tiny import CPU
+from small_cases import CPU
 
 from echolora_kernels.benchmarks import floor, rates
 

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from bench_cases_tiny import CPU
+from small_cases import CPU
 
 from echolora_kernels.benchmarks.cases import DROPOUTS, DTYPES, KINDS, METHODS, RANKS, Filters, registry
 from echolora_kernels.benchmarks.models import MODELS
