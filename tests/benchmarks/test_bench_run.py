@@ -11,6 +11,7 @@ from small_cases import CPU, custom_case, tiny_bench, tiny_cases
 from echolora_kernels.benchmarks import command, layers, memory, plots, report, timing
 from echolora_kernels.benchmarks.check import check
 from echolora_kernels.benchmarks.problem import Implementation
+from echolora_kernels.method import model
 
 PLAIN = {"method": ["lora"], "rank": [16], "dropout": [0.0], "echo": [False], "dtype": ["fp32"]}
 
@@ -85,7 +86,11 @@ def test_steps_are_right_and_a_wrong_one_is_found(monkeypatch):
     (case,) = tiny_cases(
         monkeypatch, kind=["step"], method=["lora"], dtype=["fp32"], cases=["*/boolq/*/checkpointed/*"]
     )
+    why_not, packed_step = model._FORMS["packed"]
+    taken = []
+    monkeypatch.setitem(model._FORMS, "packed", (why_not, lambda *args: taken.append(1) or packed_step(*args)))
     rows = tiny_bench(rounds=1).run(case)
+    assert len(taken) == 2 * (1 + timing.WARM_UP + 1)  # checked, warm, timed; by PEFT's layers and by ours
     forms = {f"{form}-{kind}" for form in ("plain", "two-pass", "packed") for kind in ("peft", "ours")}
     assert {row.implementation for row in rows if row.status == "ok"} == forms
     problem = case.build(CPU)
@@ -169,8 +174,9 @@ def test_peak_memory_is_what_is_allocated():
     if memory._trim() is None:
         pytest.skip("no glibc or no Linux")
     x = torch.ones(1, requires_grad=True)
-    for _ in range(2):  # what the first one has freed is not there for the second
-        made = Implementation(lambda: [x.expand(12_000_000) * 1.5], {"x": x}, [torch.ones(1).expand(12_000_000)], None)
+    eight_megabytes = x.expand(2_000_000)
+    made = Implementation(lambda: [eight_megabytes * n for n in range(6)], {"x": x}, None, None)
+    for _ in range(3):  # what the one before has freed is not there for the next
         assert memory.peak_megabytes(made, "forward", CPU) == pytest.approx(48, rel=0.1)
 
 
