@@ -28,7 +28,7 @@ def pytest_generate_tests(metafunc):
         names = [
             name
             for name in (*problem.implementations, *problem.absent)
-            if wanted(name, problem, options.implementations)
+            if wanted(name, problem, options.implementations) and name not in command.left_out(options)
         ]
         found += [(case, phase, name) for name in names for phase in options.phase]
     metafunc.parametrize("device", [device])

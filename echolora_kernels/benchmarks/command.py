@@ -126,25 +126,44 @@ def main(arguments: Sequence[str]) -> int:
         measured,
         options.phase,
         options.implementations,
+        left_out(options),
         options.rounds,
         options.seconds,
         not options.no_memory,
         None if options.time_limit is None else started + options.time_limit,
         {"device": environment["device"], "torch": environment["torch"], "version": environment["echolora_kernels"]},
     )
-    rows = _run(bench, cases, options.roofline)
+    rows: list[Row] = []
+    with display.progress(len(cases)) as done:
+        for number, case in enumerate(cases):
+            done(number, case.name)
+            found = bench.run(case)
+            release(device)
+            display.show(found, options.roofline)
+            rows += found
+            if options.output is not None:  # after every case: a run that is cut short leaves what it has
+                report.write(rows, environment, options.output)
     if options.output is not None:
-        for line in _write(rows, environment, options.output, options.roofline):
-            print(line)
+        _plot(rows, environment, options.output, options.roofline)
     wrong = sum(row.status == "wrong" for row in rows)
-    print(
-        f"\n{len(cases)} cases in {time.monotonic() - started:.0f} s" + (f"; {wrong} WRONG, see above" if wrong else "")
-    )
+    took = f"{len(cases)} cases in {time.monotonic() - started:.0f} s"
+    print(f"\n{took}" + (f"; {wrong} WRONG, see above" if wrong else ""))
     return 1 if wrong else 0
+
+
+def left_out(options: argparse.Namespace) -> dict[str, str]:
+    """What the quick part does without, unless it is named."""
+    if options.implementations or not _filters(options).quick:
+        return {}
+    return {"peft-compiled": "takes long to compile, so not of the quick part; --implementations names it"}
 
 
 def cases_of(options: argparse.Namespace, device: torch.device) -> list[Case]:
     """The cases that the flags ask for; the quick part where they ask for none."""
+    return _filters(options).keep(registry(options.shape, options.rows), device)
+
+
+def _filters(options: argparse.Namespace) -> Filters:
     filters = Filters(
         options.cases,
         options.kind,
@@ -158,10 +177,8 @@ def cases_of(options: argparse.Namespace, device: torch.device) -> list[Case]:
         options.quick,
     )
     if options.shape and not options.cases and not options.model:
-        filters = replace(filters, model=[CUSTOM])
-    elif filters.empty() and not options.list:
-        filters = Filters(quick=True)
-    return filters.keep(registry(options.shape, options.rows), device)
+        return replace(filters, model=[CUSTOM])
+    return Filters(quick=True) if filters.empty() and not options.list else filters
 
 
 def device_of(name: str) -> torch.device:
@@ -190,25 +207,14 @@ def _rates_and_caches(measured: rates.Rates, timer: Timer, arguments: Sequence[s
     }
 
 
-def _run(bench: Bench, cases: Sequence[Case], roofline: bool) -> list[Row]:
-    rows: list[Row] = []
-    with display.progress(len(cases)) as done:
-        for number, case in enumerate(cases):
-            done(number, case.name)
-            found = bench.run(case)
-            release(bench.timer.device)
-            display.show(found, roofline)
-            rows += found
-    return rows
-
-
-def _write(rows: Sequence[Row], environment: dict[str, str], folder: Path, roofline: bool) -> list[str]:
-    report.write_csv(rows, folder / "bench.csv")
-    report.write_json(rows, environment, folder / "bench.json")
-    written = [folder / "bench.csv", folder / "bench.json"]
+def _plot(rows: Sequence[Row], environment: dict[str, str], folder: Path, roofline: bool) -> None:
+    print()
+    for path in report.files(folder):
+        print(path)
     try:
         from . import plots
     except ModuleNotFoundError as error:
-        return [*map(str, written), f"no plots: {error.name} is not installed"]
-    written += plots.write(rows, environment, folder, roofline)
-    return list(map(str, written))
+        print(f"no plots: {error.name} is not installed")
+        return
+    for path in plots.write(rows, environment, folder, roofline):
+        print(path)

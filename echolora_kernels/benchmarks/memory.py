@@ -43,7 +43,7 @@ def peak_megabytes(implementation: Implementation, phase: str, device: torch.dev
 
 
 def launches(implementation: Implementation, phase: str, device: torch.device) -> int | None:
-    """Kernels, copies and fills that one run puts on a GPU; None on a CPU."""
+    """Kernels, copies and fills that one run puts on a GPU; None on a CPU, and where the profiler sees none."""
     if device.type != "cuda":
         return None
     from torch.autograd import DeviceType
@@ -55,7 +55,7 @@ def launches(implementation: Implementation, phase: str, device: torch.device) -
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         turn.action(state)
         torch.cuda.synchronize(device)
-    return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or ())
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or ()) or None
 
 
 def _trim() -> Callable[[int], int] | None:

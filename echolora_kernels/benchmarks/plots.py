@@ -27,18 +27,17 @@ _OTHERS = [
 
 
 def write(rows: Sequence[Row], environment: dict[str, str], folder: Path, roofline: bool) -> list[Path]:
-    """A PNG for each kind and phase that has times: how often the base's time, or with `roofline` times and floor."""
+    """A PNG for each kind, phase and base that has times: how often the base's time, or with `roofline` times and floor."""
     written = []
     timed = [row for row in rows if row.milliseconds is not None]
-    for kind, phase in dict.fromkeys((row.kind, row.phase) for row in timed):
-        own = [row for row in timed if (row.kind, row.phase) == (kind, phase)]
+    for kind, phase, base in dict.fromkeys((row.kind, row.phase, row.base) for row in timed):
+        own = [row for row in timed if (row.kind, row.phase, row.base) == (kind, phase, base)]
         own = [row for row in own if (row.floor if roofline else row.over_base) is not None]
         cases = list(dict.fromkeys(row.case for row in own))
         pages = [cases[start : start + _PAGE] for start in range(0, len(cases), _PAGE)]
         for number, page in enumerate(pages, 1):
-            name = "-".join(
-                ("roofline" if roofline else "bench", kind, phase, *([str(number)] if len(pages) > 1 else []))
-            )
+            parts = ["roofline" if roofline else "bench", kind, phase, f"over-{base}"]
+            name = "-".join(parts + ([str(number)] if len(pages) > 1 else []))
             path = folder / f"{name}.png"
             _draw([row for row in own if row.case in page], environment, path, roofline)
             written.append(path)

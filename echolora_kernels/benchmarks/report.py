@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,18 +27,25 @@ _HEADINGS = (
 )
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """One line a row, under the names of `Row`'s fields; what is not known is empty."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(dataclasses.astuple(row) for row in rows)
+def files(folder: Path) -> tuple[Path, Path]:
+    """Where `write` writes."""
+    return folder / "bench.csv", folder / "bench.json"
 
 
-def write_json(rows: Sequence[Row], facts: dict, path: Path) -> None:
-    """The environment and all rows."""
-    content = {"environment": facts, "rows": [dataclasses.asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def write(rows: Sequence[Row], environment: dict[str, str], folder: Path) -> None:
+    """CSV, a line a row under the names of `Row`'s fields, what is not known being empty; and the same as JSON.
+
+    Earlier results in `folder` are replaced once the new ones are whole.
+    """
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(dataclasses.astuple(row) for row in rows)
+    content = {"environment": environment, "rows": [dataclasses.asdict(row) for row in rows]}
+    for path, text in zip(files(folder), (table.getvalue(), json.dumps(content, indent=1) + "\n"), strict=True):
+        unfinished = path.with_name(path.name + ".new")
+        unfinished.write_text(text)
+        unfinished.replace(path)
 
 
 def lines_of(rows: Sequence[Row], roofline: bool = False) -> list[list[str]]:

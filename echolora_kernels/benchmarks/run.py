@@ -79,6 +79,7 @@ class Bench:
     Args:
         timer: of the device. rates: of the device, or None for no floor.
         phases: of each case. implementations: shell patterns of names to keep, besides the base; empty for all.
+        left_out: name -> why an implementation is not even tried.
         rounds, seconds: as in `Timer.compare`.
         memory: also measure peaks and count launches.
         stop_at: `time.monotonic()` after which the cases that are left are not run.
@@ -89,6 +90,7 @@ class Bench:
     rates: Rates | None
     phases: Sequence[str]
     implementations: Sequence[str] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
     rounds: int | None = None
     seconds: float = 1.0
     memory: bool = True
@@ -101,8 +103,8 @@ class Bench:
             return [self._row(case, "all", "all", "not run", "the time limit was reached")]
         try:
             problem = case.build(self.timer.device)
-        except Exception as error:
-            return [self._row(case, "all", "all", "wrong", _told(error))]
+        except Exception as error:  # of drawing the arguments, or of whatever library builds a layer
+            return [self._failed(case, "all", error)]
         rows = [
             self._row(case, "all", name, "not run", why)
             for name, why in problem.absent.items()
@@ -110,15 +112,24 @@ class Bench:
         ]
         verdicts = {}
         for name, implementation in problem.implementations.items():
-            if wanted(name, problem, self.implementations):
+            if name in self.left_out:
+                rows.append(self._row(case, "all", name, "not run", self.left_out[name]))
+            elif wanted(name, problem, self.implementations):
                 verdicts[name] = judge(case, name, implementation, self.timer.device)
         right = {name: problem.implementations[name] for name, verdict in verdicts.items() if verdict.problem is None}
         for name, verdict in verdicts.items():
             if verdict.problem is not None:
                 rows.append(self._row(case, "all", name, "wrong", verdict.problem, error=verdict.ratio))
         for phase in self.phases:
-            rows += self._phase(case, phase, problem, right, verdicts)
+            try:
+                rows += self._phase(case, phase, problem, right, verdicts)
+            except Exception as error:  # of a kernel that has passed its check, so most likely no memory
+                rows.append(self._failed(case, phase, error))
         return rows
+
+    def _failed(self, case: Case, phase: str, error: Exception) -> Row:
+        status = "not run" if isinstance(error, torch.OutOfMemoryError) else "wrong"
+        return self._row(case, phase, "all", status, _told(error))
 
     def _phase(
         self,

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,9 @@ def build(case: Case, device: torch.device) -> Problem:
     _move_from_zero(model)
     if checkpointing:
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers means to rename it
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = {name: each.to(device) for name, each in batch_of(case.part, case.rows, sizes.vocabulary).items()}
     forms = ("plain", "two-pass", "packed" if checkpointing else "shared")
     kinds = ("peft", "ours") if with_peft else ("ours",)

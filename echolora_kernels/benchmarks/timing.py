@@ -85,9 +85,11 @@ class Timer:
             rounds: how many; None takes about `seconds` for all, but 5 rounds at least.
         """
         turns, timer, note = self._turns(implementations, phase)
+        start = time.perf_counter()
         for _ in range(WARM_UP):
-            for name in turns:
-                self._take(turns[name], timer)
+            self._round(turns, timer, 0)
+            if time.perf_counter() - start > 2 * seconds:  # a slow one has no more to warm up
+                break
         start = time.perf_counter()
         found = self._round(turns, timer, 0)
         if rounds is None:
