@@ -145,6 +145,8 @@ def main(arguments: Sequence[str]) -> int:
                 report.write(rows, environment, options.output)
     if options.output is not None:
         _plot(rows, environment, options.output, options.roofline)
+    if noise := report.noise_of(rows):
+        print(f"\n{noise}")
     wrong = sum(row.status == "wrong" for row in rows)
     took = f"{len(cases)} cases in {time.monotonic() - started:.0f} s"
     print(f"\n{took}" + (f"; {wrong} WRONG, see above" if wrong else ""))

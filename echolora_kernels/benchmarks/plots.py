@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -74,7 +74,10 @@ def _draw(rows: Sequence[Row], environment: dict[str, str], path: Path, roofline
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="x", which="both", labelsize=8)
     axes.set_xlabel(
-        "milliseconds (median, bars between the quartiles)" if roofline else f"times {rows[0].base}", fontsize=9
+        "milliseconds (median, bars between the quartiles)"
+        if roofline
+        else f"times {rows[0].base} (median, bars between the quartiles)",
+        fontsize=9,
     )
     what = {"both": "forward + backward"}.get(rows[0].phase, rows[0].phase)
     axes.set_title(f"{rows[0].kind}, {what}: {_conditions(environment, rows[0])}", loc="left", fontsize=9)
@@ -88,13 +91,17 @@ def _draw(rows: Sequence[Row], environment: dict[str, str], path: Path, roofline
 
 
 def _mark(axes: Axes, cases: Sequence[str], rows: Sequence[Row], style: dict, roofline: bool) -> None:
-    value: Callable[[Row], float] = lambda row: (row.milliseconds if roofline else row.over_base) or 0.0  # noqa: E731
-    spread = [(row.iqr or 0) / 2 * value(row) / (row.milliseconds or 1) for row in rows]
+    scale = [1.0 if roofline else (row.over_base or 0.0) / (row.milliseconds or 1.0) for row in rows]
+    low, middle, high = (
+        [(getattr(row, name) or 0.0) * by for row, by in zip(rows, scale, strict=True)]
+        for name in ("low", "milliseconds", "high")
+    )
+    below, above = ([abs(end - at) for end, at in zip(ends, middle, strict=True)] for ends in (low, high))
     places = [cases.index(row.case) for row in rows]
     axes.errorbar(
-        [value(row) for row in rows],
+        middle,
         places,
-        xerr=spread,
+        xerr=[below, above],
         label=rows[0].implementation,
         markersize=5,
         alpha=0.9,

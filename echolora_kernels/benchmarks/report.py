@@ -11,6 +11,8 @@ from pathlib import Path
 
 from .run import Row
 
+_WIDE = 0.2  # of the median
+
 COLUMNS = [each.name for each in dataclasses.fields(Row)]
 
 _HEADINGS = (
@@ -78,6 +80,18 @@ def remarks_of(rows: Sequence[Row]) -> list[str]:
                 row.implementation
             )
     return [f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in found.items()]
+
+
+def noise_of(rows: Sequence[Row]) -> str | None:
+    """A warning where times are spread so widely that they should not be relied on."""
+    timed = [row for row in rows if row.milliseconds is not None]
+    wide = sum((row.iqr or 0) > _WIDE * (row.milliseconds or 0) for row in timed)
+    if not wide:
+        return None
+    return (
+        f"{wide} of {len(timed)} times have quartiles further apart than a fifth of the median: "
+        "something else was running, or there were too few rounds"
+    )
 
 
 def title_of(row: Row) -> str:

@@ -30,7 +30,7 @@ class Row:
     Args:
         case ... rows: as in `Case`; d_out: one number, or several with + between.
         status: "ok", "wrong" or "not run"; why: the reason of the latter two, or a note.
-        milliseconds: median. iqr: between the quartiles, in milliseconds.
+        milliseconds: median. low, high: the quartiles, in milliseconds. iqr: high - low.
         base: the implementation of the same case and phase that over_base and added compare with.
         over_base: milliseconds / the base's. added: milliseconds - the base's.
         floor: least milliseconds at the device's own rates. over_floor: milliseconds / floor.
@@ -55,6 +55,8 @@ class Row:
     status: str
     why: str = ""
     milliseconds: float | None = None
+    low: float | None = None
+    high: float | None = None
     iqr: float | None = None
     rounds: int | None = None
     timer: str | None = None
@@ -216,9 +218,12 @@ def judge(case: Case, name: str, implementation: Implementation, device: torch.d
 
 
 def _compared(of: Times, base: Times | None) -> dict[str, Any]:
+    low, high = of.quartiles
     return {
         "milliseconds": of.median,
-        "iqr": of.iqr,
+        "low": low,
+        "high": high,
+        "iqr": high - low,
         "rounds": len(of.milliseconds),
         "timer": of.timer,
         "over_base": None if base is None else of.median / base.median,

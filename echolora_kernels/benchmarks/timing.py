@@ -40,12 +40,12 @@ class Times:
         return statistics.median(self.milliseconds)
 
     @property
-    def iqr(self) -> float:
-        """Between the quartiles; 0 of a single round."""
+    def quartiles(self) -> tuple[float, float]:
+        """The lower and the upper one; the median twice where there is a single round."""
         if len(self.milliseconds) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.milliseconds, n=4)
-        return high - low
+            return self.median, self.median
+        low, _, high = statistics.quantiles(self.milliseconds, n=4, method="inclusive")
+        return low, high
 
 
 class Timer:

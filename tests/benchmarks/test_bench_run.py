@@ -1,5 +1,6 @@
 """What is wrong gets no time, and everything else gets a row with all its columns."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -167,7 +168,14 @@ def test_turns_are_taken_and_medians_are_given():
     several = {name: implementation(name) for name in "abc"}
     times = timing.Timer(CPU, warm=True).compare(several, "both", rounds=4)
     assert "".join(order[-12:]) == "abcbcacababc" and all(len(of.milliseconds) == 4 for of in times.values())
-    assert timing.Times([1.0, 2.0, 3.0, 10.0], "host").median == 2.5
+    found = timing.Times([5.0, 1.0, 3.0, 2.0, 10.0], "host")
+    assert (found.median, found.quartiles) == (3.0, (2.0, 5.0))
+
+
+def test_a_wide_spread_is_said():
+    row = tiny_bench(stop_at=0.0).run(custom_case(**PLAIN))[0]
+    timed = [dataclasses.replace(row, milliseconds=10.0, iqr=iqr) for iqr in (1.0, 2.5)]
+    assert report.noise_of(timed).startswith("1 of 2 times") and report.noise_of(timed[:1]) is None
 
 
 def test_peak_memory_is_what_is_allocated():
@@ -186,3 +194,74 @@ def test_pictures(monkeypatch, tmp_path):
     assert [path.name for path in written] == ["bench-layer-forward-over-frozen.png"] and written[
         0
     ].stat().st_size > 10_000
+
+
+class _Gpu:
+    """Stands in for torch.cuda and writes down what it is asked for."""
+
+    def __init__(self, captures=True):
+        self.log, self.captures, self.now = [], captures, 0.0
+
+    def install(self, monkeypatch):
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                self.at = None
+
+            def record(self):
+                gpu.now += 1.0
+                self.at = gpu.now
+
+            def elapsed_time(self, end):
+                assert gpu.log[-1] == "synchronize"
+                return end.at - self.at
+
+        class Graph:
+            def replay(self):
+                gpu.log.append("replay")
+
+            def pool(self):
+                return 1
+
+        @contextlib.contextmanager
+        def graph(_, pool=None):
+            if not gpu.captures:
+                raise RuntimeError("cannot be captured")
+            yield
+
+        class Stream:
+            def wait_stream(self, other):
+                pass
+
+        replaced = {"Event": Event, "CUDAGraph": Graph, "graph": graph, "Stream": Stream}
+        replaced |= {"current_stream": Stream, "stream": lambda _: contextlib.nullcontext()}
+        replaced["synchronize"] = lambda device=None: gpu.log.append("synchronize")
+        for name, value in replaced.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        timer = timing.Timer(CPU, warm=True)
+        timer.device = torch.device("cuda")
+        return timer
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward", "both"])
+def test_graphs_on_a_gpu(monkeypatch, phase):
+    gpu = _Gpu()
+    timer = gpu.install(monkeypatch)
+    x = torch.ones(2, requires_grad=True)
+    made = Implementation(lambda: [x * 2], {"x": x}, [torch.ones(2)], None)
+    found = timer.compare({"a": made, "b": made}, phase, rounds=2)
+    assert {(of.timer, of.note, of.median) for of in found.values()} == {("graph", "", 1.0)}
+    replays = 2 if phase == "backward" else 1  # the forward pass, which is not timed
+    assert gpu.log[-5 if replays == 2 else -3 :] == ["replay"] * 2 * replays + ["synchronize"]
+
+
+def test_what_cannot_be_captured_is_timed_with_events(monkeypatch):
+    timer = _Gpu(captures=False).install(monkeypatch)
+    x = torch.ones(2, requires_grad=True)
+    made = Implementation(lambda: [x * 2], {"x": x}, [torch.ones(2)], None)
+    (times,) = timer.compare({"a": made}, "both", rounds=2).values()
+    assert times.timer == "events" and times.note == "events, because a cannot be captured in a CUDA graph"
+    timer.how = "graph"
+    with pytest.raises(RuntimeError, match="timer: a cannot be captured in a CUDA graph: cannot be captured"):
+        timer.compare({"a": made}, "both", rounds=2)
