@@ -98,12 +98,17 @@ def backward_pass(
         dx = kernels.adapter_input_gradient(ds, lora_a, dropout=dropout, dtype=dy.dtype).view(kinds[1][0])
     dbase: Maybe = None
     if need_base:
-        dbase = dy if gain is None else (dy * gain).to(dy.dtype)
+        dbase = dy if gain is None else _scaled(dy, gain)
     rest = [
         sum_ if sum_ is None else sum_.to(kind[1])
         for sum_, kind in zip((sums.lora_b, sums.gain, sums.bias), kinds[3:], strict=True)
     ]
     return [dbase, dx, da, *rest]
+
+
+def _scaled(dy: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """gain * dy in dy's dtype; of a narrow dy with one temporary."""
+    return dy * gain if dy.dtype == gain.dtype else dy.to(gain.dtype).mul_(gain).to(dy.dtype)
 
 
 def _dense(gain: Maybe, dtype: torch.dtype) -> Maybe:
