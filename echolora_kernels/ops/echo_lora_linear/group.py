@@ -23,7 +23,7 @@ from .projection import Projection
 from .rows import accumulator_dtype, as_rows
 
 _TENSORS = 7  # of one projection, in the order of `_flatten`
-_FIXED = 4  # arguments before them
+_FIXED = 5  # arguments before them
 
 
 def _flatten(p: Projection) -> tuple[torch.Tensor | None, ...]:
@@ -52,11 +52,20 @@ def _stack(
 
 
 class EchoLoRALinearGroupFunction(torch.autograd.Function):
-    """Saves what `EchoLoRALinearFunction` saves, with x, the stacked S and the seed once."""
+    """Saves what `EchoLoRALinearFunction` saves, with x, the stacked S and the seed once.
+
+    An output that no loss depends on leaves its projection without gradients, as it would have been alone.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, dropout: Dropout, backend: str, fixed: list[tuple[str, float]], *tensors: Maybe
+        ctx: Any,
+        x: torch.Tensor,
+        dropout: Dropout,
+        backend: str,
+        fixed: list[tuple[str, float]],
+        differentiable: bool,
+        *tensors: Maybe,
     ) -> tuple[torch.Tensor, ...]:
         kernels = load(backend)
         projections = _unflatten(fixed, tensors)
@@ -65,6 +74,7 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
             stacked, delta, mask = _stack(projections, kernels.s_dtype(x.dtype, projections[0].lora_a.dtype))
         site = "none" if delta is None else "rank"
         s = kernels.shrink(rows, stacked, 1.0, dropout=dropout, site=site, delta=delta, mask=mask)
+        need_x, need_a = ctx.needs_input_grad[0], any(ctx.needs_input_grad[_FIXED + 2 :: _TENSORS])
         outputs, saved, start = [], [], 0
         for index, p in enumerate(projections):
             needs = ctx.needs_input_grad[_FIXED + index * _TENSORS :][:_TENSORS]
@@ -83,39 +93,43 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
                 delta=None if outer is None else outer.delta,
                 mask=None if outer is None else outer.mask,
                 dropout=dropout,
-                store_z=needs[4],
+                store_z=differentiable and needs[4],
                 shape=(*x.shape[:-1], len(p.weight)),
             )
             outputs.append(y)
-            saved += [z, norm, gain]
+            weight, _, lora_a, lora_b, _, *echo = _flatten(p)
+            if p.echo is None or p.echo.site != "adapter_input":
+                lora_a = lora_a if need_x else None
+            saved += [weight if need_x else None, None, lora_a, lora_b, None, *echo, z, norm, gain]
             start = stop
-        ctx.backend, ctx.fixed, ctx.count = backend, fixed, len(projections)
-        ctx.dropout = dropout.p, dropout.dora
-        ctx.save_for_backward(x, s, dropout.seed, *tensors, *saved)
+        ctx.backend, ctx.fixed, ctx.dropout = backend, fixed, (dropout.p, dropout.dora)
+        ctx.kinds = [kinds_of(_flatten(p)) for p in projections]
+        ctx.save_for_backward(x if need_a else None, s, dropout.seed, *saved)
+        ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *dys: Maybe) -> tuple[torch.Tensor | None, ...]:
         kernels = load(ctx.backend)
-        x, s, seed, *rest = ctx.saved_tensors
-        tensors, saved = rest[: ctx.count * _TENSORS], rest[ctx.count * _TENSORS :]
-        projections = _unflatten(ctx.fixed, tensors)
-        needs = [ctx.needs_input_grad[_FIXED + i * _TENSORS :][:_TENSORS] for i in range(ctx.count)]
+        x, s, seed, *saved = ctx.saved_tensors
+        count = len(ctx.kinds)
+        each = [saved[i * (_TENSORS + 3) :][: _TENSORS + 3] for i in range(count)]
+        projections = _unflatten(ctx.fixed, [tensor for tensors in each for tensor in tensors[:_TENSORS]])
+        needs = [ctx.needs_input_grad[_FIXED + i * _TENSORS :][:_TENSORS] for i in range(count)]
         dropout = Dropout(ctx.dropout[0], seed, ctx.dropout[1])
-        need_x, need_a = ctx.needs_input_grad[0], any(need[2] for need in needs)
-        gradients: list[list[Maybe]] = []
+        used = [index for index, dy in enumerate(dys) if dy is not None]
+        need_x, need_a = ctx.needs_input_grad[0], any(needs[index][2] for index in used)
+        gradients: list[list[Maybe]] = [[None] * _TENSORS for _ in range(count)]
         ds: list[Maybe] = []
-        start = 0
-        for p, need, dy, z, norm, gain in zip(
-            projections, needs, dys, saved[0::3], saved[1::3], saved[2::3], strict=True
-        ):
-            stop = start + len(p.lora_a)
+        parts = s.split([p.lora_b.shape[1] for p in projections], 1)
+        for index in used:
+            p, need, kinds, (z, norm, gain) = projections[index], needs[index], ctx.kinds[index], each[index][_TENSORS:]
             mask, site = (None, "output") if p.echo is None else (p.echo.mask, p.echo.site)
             inner_delta = need[5] and site != "output"
             sums = kernels.adapter_backward(
-                as_rows(dy),
-                s[:, start:stop],
+                as_rows(dys[index]),
+                parts[index],
                 p.lora_b,
                 p.scaling,
                 gain=gain,
@@ -127,25 +141,22 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
                 need_gain=need[4],
                 need_delta=need[5] and not inner_delta,
             )
-            kinds = kinds_of(_flatten(p))[1:6]
-            dbias, db, dmagnitude, ddelta = from_sums(sums, p.lora_a, mask, norm, site, kinds, inner_delta)
-            start = stop
             ds.append(sums.ds)
-            gradients.append([None, dbias, None, db, dmagnitude, ddelta, None])
-        stacked_ds: Maybe = torch.cat(ds, 1) if need_x or need_a else None
+            dbias, db, dmagnitude, ddelta = from_sums(sums, p.lora_a, mask, norm, site, kinds[1:6], inner_delta)
+            gradients[index] = [None, dbias, None, db, dmagnitude, ddelta, None]
+        members = [projections[index] for index in used]
+        stacked_ds: Maybe = torch.cat(ds, 1) if used and (need_x or need_a) else None
         if need_a:
             da = kernels.lora_a_backward(as_rows(x), stacked_ds, dropout=dropout, dtype=accumulator_dtype(s.dtype))
-            for p, need, d, own, part in zip(
-                projections, needs, ds, gradients, da.split([len(p.lora_a) for p in projections]), strict=True
-            ):
-                if need[2]:
-                    own[2] = _with_echo(part, p, d).to(p.lora_a.dtype)
+            for index, p, d, part in zip(used, members, ds, da.split([d.shape[1] for d in ds]), strict=True):
+                if needs[index][2]:
+                    gradients[index][2] = _with_echo(part, p, d).to(ctx.kinds[index][2][1])
         dx = None
-        if need_x:
-            dx = kernels.group_input_product(
-                [as_rows(dy) for dy in dys], projections, ds, stacked_ds, gains=saved[2::3], dropout=dropout
-            ).view(x.shape)
-        return dx, None, None, None, *(gradient for own in gradients for gradient in own)
+        if used and need_x:
+            rows, gains = [as_rows(dys[index]) for index in used], [each[index][-1] for index in used]
+            dx = kernels.group_input_product(rows, members, ds, stacked_ds, gains=gains, dropout=dropout)
+            dx = dx.view(*dys[used[0]].shape[:-1], dx.shape[-1])
+        return dx, *[None] * (_FIXED - 1), *(gradient for own in gradients for gradient in own)
 
 
 def _unflatten(fixed: list[tuple[str, float]], tensors: Sequence[Maybe]) -> list[Projection]:
@@ -196,4 +207,4 @@ def echo_lora_linear_group(
         return tuple(apply(backend, x, weight, p, dropout) for p, weight in zip(projections, weights, strict=True))
     fixed = [("output" if p.echo is None else p.echo.site, float(p.scaling)) for p in projections]
     tensors = [t for p, weight in zip(projections, weights, strict=True) for t in (weight, *_flatten(p)[1:])]
-    return EchoLoRALinearGroupFunction.apply(x, dropout, backend, fixed, *tensors)
+    return EchoLoRALinearGroupFunction.apply(x, dropout, backend, fixed, torch.is_grad_enabled(), *tensors)
