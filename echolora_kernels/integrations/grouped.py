@@ -16,6 +16,8 @@ from ..ops.echo_lora_linear.autograd import traced
 from .fused import FusedForward, operator_arguments
 from .siblings import called_with_one_input
 
+MIN_ROWS = 256  # with fewer, deciding costs more time than one read of x saves; without gradients it always does
+
 
 @dataclass(frozen=True)
 class _Held:
@@ -138,9 +140,10 @@ def ungroup(parent: nn.Module) -> None:
 
 
 def _computes_for_others(x: torch.Tensor) -> bool:
-    """Whether what is computed from x now can be handed on, and a change of x would be noticed."""
+    """Whether it pays to compute together now, what is computed can be handed on, and a change of x is noticed."""
+    pays = torch.is_grad_enabled() and x.numel() >= MIN_ROWS * x.shape[-1]
     plain = type(x) in (torch.Tensor, nn.Parameter) and not x.is_inference()
-    return plain and not traced() and not torch._C._are_functorch_transforms_active()
+    return pays and plain and not traced() and not torch._C._are_functorch_transforms_active()
 
 
 def _joins(member: FusedForward, arguments: dict[str, Any], first: dict[str, Any]) -> bool:

@@ -7,7 +7,8 @@ from echolora_kernels.integrations import fused, grouped
 
 @pytest.fixture
 def groups(monkeypatch):
-    """The projections of every call of our group operator by fused layers."""
+    """The projections of every call of our group operator by fused layers, which few rows suffice for."""
+    monkeypatch.setattr(grouped, "MIN_ROWS", 1)
     made, operator = [], grouped.echo_lora_linear_group
 
     def together(x, projections, **named):

@@ -103,9 +103,7 @@ def test_outputs_and_gradients_are_those_of_peft(kind, backend, groups):
     assert fuse(model, backend=backend) == report and len(attention_of(model)._forward_hooks) == 1
     assert_same(results(model, x), wanted)
     assert_same(results(model.eval(), x[0]), results(unfused(model), x[0]))
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), unfused(model)(x), rtol=1e-12, atol=1e-12)
-    assert sizes(groups) == [3, 3, 3]
+    assert sizes(groups) == [3, 3]
     assert [*model.state_dict()] == state
     unfuse(model.train())
     assert [module.__dict__ for module in model.modules()] == before
@@ -232,11 +230,10 @@ def test_what_happens_to_the_model_afterwards(kind, change, groups, calls):
     [
         during(lambda k, x: x.mul_(2)),
         during(lambda k, x: setattr(x, "data", 2 * x)),
-        during(lambda k, x: k.lora_B["default"].weight.mul_(2)),
+        during(torch.no_grad()(lambda k, x: k.lora_B["default"].weight.mul_(2))),
     ],
     ids=["x", "x's data", "B"],
 )
-@torch.no_grad()
 def test_what_is_changed_in_place_meanwhile_is_noticed(change, groups):
     model, x = net(), data()
     stock = copy.deepcopy(model)
@@ -362,12 +359,13 @@ def test_merging_for_good(groups):
     assert not groups and not merged.attention._forward_hooks and not merged.attention._forward_pre_hooks
 
 
-@pytest.mark.parametrize("way", ["compile", "vmap", "inference mode", "global hook"])
-def test_where_they_are_computed_alone(way, groups):
+@pytest.mark.parametrize("way", ["compile", "vmap", "no_grad", "inference mode", "few rows", "global hook"])
+def test_where_they_are_computed_alone(way, groups, monkeypatch):
     model, x = net(), data()
     wanted = model(x).detach()
     fuse(model)
-    with torch.inference_mode(way == "inference mode"):
+    monkeypatch.setattr(grouped, "MIN_ROWS", 16 if way == "few rows" else 15)
+    with {"no_grad": torch.no_grad, "inference mode": torch.inference_mode}.get(way, contextlib.nullcontext)():
         if way == "compile":
             got = torch.compile(model, fullgraph=True, backend="eager")(x)
         elif way == "vmap":

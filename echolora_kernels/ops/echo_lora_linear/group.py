@@ -20,7 +20,7 @@ from .echo import Echo
 from .kernels import load
 from .passes import Maybe, from_sums, inner_sums, kinds_of
 from .projection import Projection
-from .rows import accumulator_dtype, as_rows
+from .rows import accumulator_dtype, as_rows, without_autocast
 
 _TENSORS = 7  # of one projection, in the order of `_flatten`
 _FIXED = 5  # arguments before them
@@ -33,22 +33,30 @@ def _flatten(p: Projection) -> tuple[torch.Tensor | None, ...]:
 
 def _stack(
     projections: Sequence[Projection], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Scaled A's [R, K] in S's dtype, and the echoes inside the adapters as rank-space delta [n, R] and their mask."""
-    wide = accumulator_dtype(dtype)
-    stacked = torch.cat([(p.lora_a.to(wide) * p.scaling).to(dtype) for p in projections])
+) -> tuple[torch.Tensor, float, torch.Tensor | None, torch.Tensor | None]:
+    """The A's [R, K] in S's dtype and their scaling; the echoes inside the adapters as rank-space delta [n, R], mask."""
+    wide, scaling = accumulator_dtype(dtype), projections[0].scaling
+    if any(p.scaling != scaling for p in projections):
+        scaling = 1.0
+    factors = [1.0 if p.scaling == scaling else p.scaling for p in projections]
+    stacked = torch.cat(
+        [
+            p.lora_a.to(dtype) if factor == 1.0 else (p.lora_a.to(wide) * factor).to(dtype)
+            for p, factor in zip(projections, factors, strict=True)
+        ]
+    )
     inner = [p.echo for p in projections if p.echo is not None and p.echo.site != "output"]
     if not inner:
-        return stacked, None, None
+        return stacked, scaling, None, None
     deltas = []
-    for p in projections:
+    for p, factor in zip(projections, factors, strict=True):
         if p.echo is None or p.echo.site == "output":
             deltas.append(stacked.new_zeros((len(inner[0].delta), len(p.lora_a)), dtype=wide))
         elif p.echo.site == "rank":
-            deltas.append(p.echo.delta.to(wide) * p.scaling)
+            deltas.append(p.echo.delta.to(wide) * factor)
         else:
-            deltas.append(p.echo.delta.to(wide) @ p.lora_a.to(wide).t() * p.scaling)
-    return stacked, torch.cat(deltas, 1), inner[0].mask
+            deltas.append(p.echo.delta.to(wide) @ p.lora_a.to(wide).t() * factor)
+    return stacked, scaling, torch.cat(deltas, 1), inner[0].mask
 
 
 class EchoLoRALinearGroupFunction(torch.autograd.Function):
@@ -70,23 +78,23 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
         kernels = load(backend)
         projections = _unflatten(fixed, tensors)
         rows = as_rows(x)
-        with torch.autocast(x.device.type, enabled=False):
-            stacked, delta, mask = _stack(projections, kernels.s_dtype(x.dtype, projections[0].lora_a.dtype))
+        with without_autocast(x):
+            stacked, scaling, delta, mask = _stack(projections, kernels.s_dtype(x.dtype, projections[0].lora_a.dtype))
         site = "none" if delta is None else "rank"
-        s = kernels.shrink(rows, stacked, 1.0, dropout=dropout, site=site, delta=delta, mask=mask)
+        s = kernels.shrink(rows, stacked, scaling, dropout=dropout, site=site, delta=delta, mask=mask)
         need_x, need_a = ctx.needs_input_grad[0], any(ctx.needs_input_grad[_FIXED + 2 :: _TENSORS])
-        outputs, saved, start = [], [], 0
+        parts = s.split([p.lora_a.shape[0] for p in projections], 1)
+        outputs, saved = [], []
         for index, p in enumerate(projections):
             needs = ctx.needs_input_grad[_FIXED + index * _TENSORS :][:_TENSORS]
             norm = gain = None
             if p.magnitude is not None:
                 norm, gain = kernels.dora_norm(p.weight, p.lora_a, p.lora_b, p.scaling, p.magnitude)
             outer = p.echo if p.echo is not None and p.echo.site == "output" else None
-            stop = start + len(p.lora_a)
             y, z = kernels.linear_product(
                 rows,
                 p.weight,
-                s[:, start:stop],
+                parts[index],
                 p.lora_b,
                 bias=p.bias,
                 gain=gain,
@@ -94,14 +102,13 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
                 mask=None if outer is None else outer.mask,
                 dropout=dropout,
                 store_z=differentiable and needs[4],
-                shape=(*x.shape[:-1], len(p.weight)),
+                shape=(*x.shape[:-1], p.weight.shape[0]),
             )
             outputs.append(y)
             weight, _, lora_a, lora_b, _, *echo = _flatten(p)
             if p.echo is None or p.echo.site != "adapter_input":
                 lora_a = lora_a if need_x else None
             saved += [weight if need_x else None, None, lora_a, lora_b, None, *echo, z, norm, gain]
-            start = stop
         ctx.backend, ctx.fixed, ctx.dropout = backend, fixed, (dropout.p, dropout.dora)
         ctx.kinds = [kinds_of(_flatten(p)) for p in projections]
         ctx.save_for_backward(x if need_a else None, s, dropout.seed, *saved)
@@ -197,7 +204,7 @@ def echo_lora_linear_group(
     dropout = Dropout.draw(dropout_p, x.device, dora_dropout)
     masks = {id(p.echo.mask) for p in projections if p.echo is not None and p.echo.site != "output"}
     together = (
-        sum(len(p.lora_a) for p in projections) <= load(backend).max_rank
+        sum(p.lora_a.shape[0] for p in projections) <= load(backend).max_rank
         and len(masks) <= 1
         and not any(weight.requires_grad for weight in weights)
         and math.prod(x.shape[:-1]) > 0
