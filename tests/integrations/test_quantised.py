@@ -295,7 +295,7 @@ def train(scheme, dora, backend, autocast=False, steps=4):
     """The losses of some steps of Echo-LoRA, by PEFT itself for the backend "peft"."""
     model = quantised_llama(scheme, dora)
     if backend != "peft":
-        fuse(model, backend=backend, strict=True)
+        assert fuse(model, backend=backend, strict=True).grouped == ()
     torch.manual_seed(2)
     echo = randomise(EchoLoRA(model, always_on(step_mode="auto", site="rank")).train())
     optimizer = torch.optim.SGD([p for p in echo.parameters() if p.requires_grad], lr=0.02)
