@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 # pyproject.toml states the same
-SUPPORTED = {"peft": ">=0.18,<0.22"}
+SUPPORTED = {"peft": ">=0.19,<0.22"}
 
 
 def want_supported(library: str) -> None:

@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from echolora_kernels import fuse
 from echolora_kernels.integrations.fused import FusedForward
 
-# of one layer's output, relative to its largest value
+# of one layer's output, relative to the largest value in it and in the base layer's, which it may cancel
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _NO_HUB = (
     "LocalEntryNotFoundError",
@@ -158,7 +158,7 @@ class Recorder:
         self.comparing = True
         try:
             with torch.no_grad():
-                wanted = type(layer).forward(layer, x)
+                wanted, base = type(layer).forward(layer, x), layer.base_layer(x)
         finally:
             self.comparing = False
         if wanted.dtype != y.dtype or wanted.shape != y.shape:
@@ -168,8 +168,9 @@ class Recorder:
         finite = wanted.isfinite()
         if not torch.equal(finite, y.isfinite()):
             return float("inf")
-        off = (wanted - y)[finite].abs().max() / wanted[finite].abs().max().clamp_min(1e-6) if finite.any() else 0.0
-        return float(off) / TOLERANCES[y.dtype]
+        size = max(float(t[finite].abs().max()) if finite.any() else 0.0 for t in (wanted, base))
+        off = float((wanted - y)[finite].abs().max()) if finite.any() else 0.0
+        return off / max(size, 1e-6) / TOLERANCES[y.dtype]
 
 
 def pytest_addoption(parser: Any) -> None:

@@ -97,7 +97,7 @@ def test_the_range_of_peft_versions_is_the_one_that_is_installed():
 
 
 @pytest.mark.parametrize(("found", "taken"), [
-    ("0.17.1", False), ("0.18.0", True), ("0.21.2", True), ("0.21.3.dev0", True), ("0.22.0.dev0", False), ("1.0", False),
+    ("0.18.1", False), ("0.19.0", True), ("0.21.2", True), ("0.21.3.dev0", True), ("0.22.0.dev0", False), ("1.0", False),
 ])  # fmt: skip
 def test_versions_of_peft(found, taken, monkeypatch):
     monkeypatch.setattr(versions, "version", lambda name: found)
