@@ -11,9 +11,11 @@ OUTCOMES = {
     "declined": "`fuse` leaves every LoRA layer of it to PEFT, says why, and it passes",
     "failed": "passes without `fuse` and fails with it, or an output differs from PEFT's",
     "needs a hub": "loads models or data that were not to be had",
-    "fails without fuse": "fails in this environment whether models are fused or not",
+    "fails without fuse": "fails here whether models are fused or not: versions of libraries, stand-ins for models",
     "skipped": "PEFT's own condition, such as a GPU or another package, is not met",
 }
+
+MOST_REASONS = 12  # in the tables; the JSON has them all
 
 Cases = dict[str, dict[str, Any]]
 
@@ -46,7 +48,7 @@ def compare(plain: Cases, fused: Cases) -> Cases:
         outcome, reason = judge(case, fused.get(name))
         if outcome is not None:
             other = fused.get(name, {})
-            counts = {key: other.get(key, 0) for key in ("ours", "peft", "difference")}
+            counts = {key: other.get(key, 0) for key in ("ours", "together", "peft", "difference")}
             found[name] = {"file": _file(name), "outcome": outcome, "reason": reason, **counts}
     missing = fused.keys() - plain.keys()
     assert not missing, f"ran fused alone: {sorted(missing)[:3]}"
@@ -59,7 +61,7 @@ def summary(cases: Cases) -> dict[str, Any]:
     return {
         "counts": {outcome: sum(case["outcome"] == outcome for case in cases.values()) for outcome in OUTCOMES},
         "through_ours": sum(case["ours"] > 0 for case in passed),
-        "calls": {"ours": sum(case["ours"] for case in passed), "peft": sum(case["peft"] for case in passed)},
+        "calls": {key: sum(case[key] for case in passed) for key in ("ours", "together", "peft")},
         "largest_difference": max((case["difference"] for case in passed), default=0.0),
     }
 
@@ -67,15 +69,17 @@ def summary(cases: Cases) -> dict[str, Any]:
 def tables(cases: Cases) -> str:
     """Markdown: all outcomes, files, and the reasons behind every outcome but a plain pass."""
     told = summary(cases)
+    calls = told["calls"]
+    left = [case["reason"] for case in cases.values() if case["outcome"] == "passed" and case["reason"]]
     parts = [
         _table(
             ("outcome", "cases", "what it says"),
             [(name, told["counts"][name], meaning) for name, meaning in OUTCOMES.items()],
         ),
-        f"{told['through_ours']} of the {told['counts']['passed']} that pass call our operators, {told['calls']['ours']} "
-        f"times in all; of each output that was computed without dropout the largest difference from PEFT's own is "
-        f"{told['largest_difference']:.2g} times what is allowed. The others save, load or inspect, or: "
-        f"{_listed(case['reason'] for case in cases.values() if case['outcome'] == 'passed' and case['reason'])}.",
+        f"{told['through_ours']} of the {told['counts']['passed']} that pass call our operators, "
+        f"{calls['ours']} times in all, {calls['together']} of them in groups; of each output that was computed without "
+        f"dropout the largest difference from PEFT's own is {told['largest_difference']:.2g} times what is allowed. The "
+        f"others save, load or inspect, or: {_listed(left)}.",
         _table(
             ("file", *OUTCOMES),
             [
@@ -85,13 +89,16 @@ def tables(cases: Cases) -> str:
         ),
     ]
     for outcome in list(OUTCOMES)[1:]:
-        reasons = Counter(case["reason"] for case in cases.values() if case["outcome"] == outcome)
+        chosen = {name: case["reason"] for name, case in cases.items() if case["outcome"] == outcome}
         if outcome == "failed":
-            reasons = Counter({f"{name}: {c['reason']}": 1 for name, c in cases.items() if c["outcome"] == outcome})
-        if reasons and outcome != "needs a hub":
-            parts.append(
-                _table((outcome, "cases"), [(_cell(reason), count) for reason, count in reasons.most_common()])
-            )
+            rows = [(_cell(f"{name}: {reason}"), 1) for name, reason in chosen.items()]
+        else:
+            rows = [(_cell(reason), count) for reason, count in Counter(chosen.values()).most_common()]
+            if outcome != "declined" and len(rows) > MOST_REASONS:
+                others = rows[MOST_REASONS:]
+                rows[MOST_REASONS:] = [(f"{len(others)} other reasons", sum(count for _, count in others))]
+        if rows and outcome != "needs a hub":
+            parts.append(_table((outcome, "cases"), rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -107,12 +114,13 @@ def _most(reasons: dict[str, int], otherwise: str) -> str:
     return "; ".join(sorted(reasons)) or otherwise
 
 
-def _listed(reasons: Any) -> str:
+def _listed(reasons: list[str]) -> str:
     return ", ".join(f"{reason} ({count})" for reason, count in Counter(reasons).most_common()) or "nothing"
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "\\<")[:200]
+    text = text.removeprefix("Skipped: ").replace("|", "\\|").replace("<", "\\<")
+    return text if len(text) <= 160 else text[:160] + " ..."
 
 
 def _table(head: tuple, rows: list[tuple]) -> str:

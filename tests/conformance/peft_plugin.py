@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 
 from echolora_kernels import fuse
+from echolora_kernels.integrations import grouped
 from echolora_kernels.integrations.fused import FusedForward
 
 # of one layer's output, relative to the largest value in it and in the base layer's, which it may cancel
@@ -47,7 +48,8 @@ class Case:
     Args:
         outcome: passed, failed or skipped. why: of the latter two, in one line. hub: it failed for want of a hub.
         layers: LoRA layers that were made or called. fused: those that `fuse` took. declined: reason -> how many it
-            did not. ours, peft: calls of fused layers that our operators, and that PEFT's forward computed.
+            did not. ours, peft: calls of fused layers that our operators, and that PEFT's forward computed. together: those
+            of ours that were computed in groups.
         left: reason -> how many calls of fused layers were PEFT's.
         difference: the largest of our outputs from PEFT's for the same input, as a multiple of what is allowed.
     """
@@ -60,6 +62,7 @@ class Case:
     declined: Counter[str] = field(default_factory=Counter)
     ours: int = 0
     peft: int = 0
+    together: int = 0
     left: Counter[str] = field(default_factory=Counter)
     difference: float = 0.0
 
@@ -126,7 +129,7 @@ class Recorder:
 
     def fuse_models(self) -> None:
         """Fuse after every adapter that PEFT makes in a model, and compare what is computed with PEFT's own."""
-        inject, run = BaseTuner.inject_adapter, FusedForward.__call__
+        inject, run, run_group = BaseTuner.inject_adapter, FusedForward.__call__, grouped.echo_lora_linear_group
 
         @functools.wraps(inject)
         def inject_and_fuse(tuner: Any, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -151,6 +154,12 @@ class Recorder:
                 case.difference = max(case.difference, self._difference(fused.module, x, y))
             return y
 
+        @functools.wraps(run_group)
+        def call_group(x: Any, projections: Any, **kwargs: Any) -> Any:
+            self.current.together += len(projections)
+            return run_group(x, projections, **kwargs)
+
+        grouped.MIN_ROWS, grouped.echo_lora_linear_group = 1, call_group  # however small the tests' inputs
         BaseTuner.inject_adapter = inject_and_fuse
         FusedForward.__call__ = call
 
