@@ -85,15 +85,14 @@ def with_echo(y: torch.Tensor, p: Projection) -> torch.Tensor:
 
 def by_peft(layer: Layer, truth: Truth, compiled: bool = False) -> Implementation:
     """PEFT's own layers, one after the other, on the layer's leaves."""
-    peft = importlib.import_module("peft")
-    modules = nn.ModuleList(_peft_module(peft, p, layer.dropout) for p in layer.projections)
-    leaves = {"x": layer.x}
-    for index, (module, p) in enumerate(zip(modules, layer.projections, strict=True)):
-        own = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "magnitude"}
-        found = {own[name.split(".")[1]]: leaf for name, leaf in module.named_parameters() if leaf.requires_grad}
-        for name, parameter in found.items():
-            parameter.data = getattr(p, name).detach()
-            leaves[f"{name}{index}"] = parameter
+    modules, leaves = nn.ModuleList(), {"x": layer.x}
+    for index, p in enumerate(layer.projections):
+        with torch.device("meta"):
+            base = nn.Linear(p.weight.shape[1], p.weight.shape[0], bias=False)
+        base.weight = nn.Parameter(p.weight, requires_grad=False)
+        module, own = adapted_by_peft(nn.Sequential(base), p, layer.dropout)
+        modules.append(module)
+        leaves |= {f"{name[:-1]}{index}": leaf for name, leaf in own.items()}
         if p.echo is not None:
             leaves[f"delta{index}"] = p.echo.delta
 
@@ -127,11 +126,9 @@ def by_peft(layer: Layer, truth: Truth, compiled: bool = False) -> Implementatio
     return Implementation(lambda: run(layer.x), leaves, layer.incoming, expected, **options)
 
 
-def _peft_module(peft: Any, p: Projection, dropout: float) -> nn.Module:
-    width, d_in = p.weight.shape
-    with torch.device("meta"):
-        base = nn.Linear(d_in, width, bias=False)
-    base.weight = nn.Parameter(p.weight, requires_grad=False)
+def adapted_by_peft(base: nn.Sequential, p: Projection, dropout: float) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """`base`, one linear, with PEFT's adapter of p's numbers, in training mode, and its parameters by name."""
+    peft: Any = importlib.import_module("peft")
     rank = len(p.lora_a)
     config = peft.LoraConfig(
         r=rank,
@@ -140,7 +137,15 @@ def _peft_module(peft: Any, p: Projection, dropout: float) -> nn.Module:
         target_modules=["0"],
         use_dora=p.magnitude is not None,
     )
-    return peft.inject_adapter_in_model(config, nn.Sequential(base)).train()
+    module = peft.inject_adapter_in_model(config, base).train()
+    names = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "magnitude"}
+    leaves = {}
+    for name, parameter in module.named_parameters():
+        own = names.get(name.split(".")[1])
+        if own is not None:
+            parameter.data = getattr(p, own).detach()
+            leaves[f"{own}0"] = parameter
+    return module, leaves
 
 
 class AddmmLoRA(torch.autograd.Function):

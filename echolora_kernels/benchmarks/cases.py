@@ -13,7 +13,7 @@ import torch
 from .models import MODELS, TASKS, Model
 from .problem import Problem
 
-KINDS = ("layer", "loss", "networks", "step")
+KINDS = ("layer", "quantised", "loss", "networks", "step")
 PHASES = ("forward", "backward", "both")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 METHODS = ("lora", "dora")
@@ -55,10 +55,11 @@ class Case:
 
     def build(self, device: torch.device, seed: int = 0) -> Problem:
         """Arguments and implementations on `device`, drawn from `seed`."""
-        from . import layers, losses, networks, steps
+        from . import layers, losses, networks, quantised, steps
 
         make: dict[str, Callable[[Case, torch.device], Problem]] = {
             "layer": layers.build,
+            "quantised": quantised.build,
             "loss": losses.build,
             "networks": networks.build,
             "step": steps.build,
@@ -127,6 +128,8 @@ def quick_on(case: Case, device: torch.device) -> bool:
     if case.kind == "layer":
         usual = case.rank == 16 and case.dropout == 0 and not case.echo
         return usual and (case.model == CUSTOM or case.part in ("q", "qkv"))
+    if case.kind == "quantised":
+        return case.rank == 16 and case.part == "q" and case.dtype == "bf16"
     if case.kind == "loss":
         return case.rows == 64 and case.part == "routed"
     if case.kind == "networks":
@@ -148,6 +151,8 @@ def registry(shapes: Sequence[str] = (), rows: int | None = None) -> list[Case]:
     for model in MODELS.values():
         for part, (d_in, widths) in model.parts().items():
             found += _layers(model.name, part, d_in, widths, rows)
+            if len(widths) == 1:
+                found += _quantised(model.name, part, d_in, widths, rows)
         found += [*_losses(model), *_networks(model), *_steps(model)]
     for text in shapes:
         count, d_in, widths = _read_shape(text)
@@ -159,6 +164,12 @@ def _layers(model: str, part: str, d_in: int, widths: tuple[int, ...], rows: int
     for method, rank, dropout, echo, dtype in itertools.product(METHODS, RANKS, DROPOUTS, (False, True), DTYPES):
         name = f"{model}/layer/{part}/{method}/r{rank}/p{dropout:g}/{'echo' if echo else 'plain'}/{dtype}"
         yield Case(name, "layer", model, part, dtype, method, rank, dropout, echo, d_in, widths, rows)
+
+
+def _quantised(model: str, part: str, d_in: int, widths: tuple[int, ...], rows: int | None) -> Iterator[Case]:
+    for method, rank, dtype in itertools.product(METHODS, RANKS, DTYPES):
+        name = f"{model}/quantised/{part}/{method}/r{rank}/nf4/{dtype}"
+        yield Case(name, "quantised", model, part, dtype, method, rank, 0.0, False, d_in, widths, rows)
 
 
 def _losses(model: Model) -> Iterator[Case]:

@@ -115,6 +115,13 @@ def build(case: Case, device: torch.device) -> Problem:
     found = {"frozen": frozen(layer), **found}
     for name, backend, adapters in _ours(layer.x):
         found[name] = ours(layer.to(layer.x.dtype, adapters), truth, backend)
+    if len(layer.projections) > 1:
+        for backend in running_on("echo_lora_linear", device):
+            name = f"ours-{backend}-one-by-one"
+            if layer.dropout:
+                absent[name] = "each projection drops elements of its own, which the check of a group does not know"
+            else:
+                found[name] = ours(layer.to(layer.x.dtype, layer.x.dtype), truth, backend, grouped=False)
     stages = floor.layer(
         layer.x.shape[:-1].numel(),
         layer.x.shape[-1],
@@ -172,16 +179,18 @@ def _ours(x: torch.Tensor) -> list[tuple[str, str, torch.dtype]]:
     return found
 
 
-def ours(layer: Layer, truth: Truth, backend: str) -> Implementation:
-    """The package's operator; a group where there are several projections."""
+def ours(layer: Layer, truth: Truth, backend: str, grouped: bool = True) -> Implementation:
+    """The package's operator; that of a group where there are several projections, unless they go one by one."""
     options: dict[str, Any] = {"dropout_p": layer.dropout, "backend": backend}
 
     def forward() -> Sequence[torch.Tensor]:
-        if len(layer.projections) > 1:
+        if grouped and len(layer.projections) > 1:
             return functional.echo_lora_linear_group(layer.x, layer.projections, **options)
-        p = layer.projections[0]
+        return [alone(p) for p in layer.projections]
+
+    def alone(p: Projection) -> torch.Tensor:
         arguments = (layer.x, p.weight, p.bias, p.lora_a, p.lora_b, p.scaling)
-        return [functional.echo_lora_linear(*arguments, magnitude=p.magnitude, echo=p.echo, **options)]
+        return functional.echo_lora_linear(*arguments, magnitude=p.magnitude, echo=p.echo, **options)
 
     adapters = layer.projections[0].lora_a.dtype
 

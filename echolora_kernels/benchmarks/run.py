@@ -180,7 +180,7 @@ class Bench:
             case.dtype,
             case.rows_on(self.timer.device),
             case.d_in,
-            "+".join(map(str, case.widths)) if case.kind == "layer" else str(sum(case.widths)),
+            "+".join(map(str, case.widths)) if case.kind in ("layer", "quantised") else str(sum(case.widths)),
             phase,
             implementation,
             status,

@@ -166,8 +166,8 @@ class _Truth:
         wide.load_state_dict(self.model.state_dict())
         for name, module in list(wide.named_modules()):
             if type(module).__name__.endswith("RMSNorm"):  # transformers' own computes in float32
-                norm = nn.RMSNorm(module.weight.shape, module.variance_epsilon)  # type: ignore[arg-type]
-                norm.weight = module.weight  # type: ignore[assignment]
+                norm = nn.RMSNorm(module.weight.shape, module.variance_epsilon)
+                norm.weight = module.weight
                 parent, _, leaf = name.rpartition(".")
                 setattr(wide.get_submodule(parent), leaf, norm)
         return wide.double()

@@ -128,7 +128,7 @@ def updates(
         tensors["gain"] = draw(d_out)
     incoming = {"y": draw(n, t, d_out)}
     seed = int(torch.randint(2**31, ()))
-    keep = _kept(backend, tensors["x"], dropout_p, seed)
+    keep = kept(backend, tensors["x"], dropout_p, seed)
 
     def kernels(tensors: Tensors) -> Tensors:
         torch.manual_seed(seed)

@@ -4,6 +4,9 @@ import contextlib
 import csv
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from echolora_kernels.benchmarks.check import check
 from echolora_kernels.benchmarks.problem import Implementation
 from echolora_kernels.method import model
 
+ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {"method": ["lora"], "rank": [16], "dropout": [0.0], "echo": [False], "dtype": ["fp32"]}
 
 
@@ -74,10 +78,12 @@ def test_layers_are_right(method, dtype, dropout):
     assert all(row.added == pytest.approx(row.milliseconds - base.milliseconds) for row in timed)
 
 
-@pytest.mark.parametrize("kind", ["loss", "networks"])
-def test_losses_and_networks_are_right(monkeypatch, kind):
-    for case in tiny_cases(monkeypatch, kind=[kind]):
-        rows = tiny_bench(("forward", "backward")).run(case)
+@pytest.mark.parametrize("kind", ["loss", "networks", "quantised"])
+def test_the_other_kinds_are_right(monkeypatch, kind):
+    if kind == "quantised":
+        pytest.importorskip("bitsandbytes")
+    for case in tiny_cases(monkeypatch, kind=[kind], rank=[16] if kind == "quantised" else []):
+        rows = tiny_bench(("forward", "backward"), implementations=()).run(case)
         assert not [row.why for row in rows if row.status == "wrong"]
         assert len({row.implementation for row in rows if row.status == "ok"}) >= 2
         assert all(row.floor for row in rows if row.status == "ok")
@@ -265,3 +271,11 @@ def test_what_cannot_be_captured_is_timed_with_events(monkeypatch):
     timer.how = "graph"
     with pytest.raises(RuntimeError, match="timer: a cannot be captured in a CUDA graph: cannot be captured"):
         timer.compare({"a": made}, "both", rounds=2)
+
+
+def test_the_suite_that_make_bench_runs():
+    flags = "--shape 24x40x32 --method lora dora --rank 8 --dropout 0 --echo off --dtype fp32 --implementations addmm"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "--bench", flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "3 passed, 1 skipped" in done.stdout and "custom/layer/24x40x32/lora/r8/p0/plain/fp32 both" in done.stdout

@@ -40,7 +40,7 @@ def test_filters_keep_what_all_of_them_name():
     filters = Filters(cases=["smollm2/*", "*/q/*"], rank=[16, 64], dtype=["bf16"], echo=[False])
     kept = filters.keep(registry(), CPU)
     assert {case.rank for case in kept} == {16, 64} and {case.dtype for case in kept} == {"bf16"}
-    assert {case.kind for case in kept} == {"layer"}  # the others have no echo to be on or off
+    assert {case.kind for case in kept} == {"layer", "quantised"}  # the others have no echo to be on or off
     assert all(case.name.startswith("smollm2/") or "/q/" in case.name for case in kept)
     assert {case.model for case in kept} == set(MODELS)
 
