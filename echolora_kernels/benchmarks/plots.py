@@ -61,7 +61,7 @@ def _draw(rows: Sequence[Row], environment: dict[str, str], path: Path, roofline
     others = [name for name in names if name not in ours]
     styles = {name: _OTHERS[index % len(_OTHERS)] for index, name in enumerate(others)}
     for index, name in enumerate(ours):
-        styles[name] = {**_OURS, "markerfacecolor": ("#d1495b", "white")[index % 2]}
+        styles[name] = {**_OURS, "markerfacecolor": ("#d1495b", "white", "#f3b6bd")[index % 3]}
     for name in (*others, *ours):
         _mark(axes, cases, [row for row in rows if row.implementation == name], styles[name], roofline)
     axes.set_yticks(range(len(cases)), [_short(case, rows[0].kind) for case in cases], fontsize=8, family="monospace")
