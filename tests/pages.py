@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *(ROOT / part / "README.md" for part in ("csrc", "examples")), *(ROOT / "docs").glob("*.md")]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / part / "README.md" for part in ("csrc", "examples")),
+    *(ROOT / "docs").glob("*.md"),
+]
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

@@ -25,7 +25,9 @@ def test_every_block_of_code_is_in_a_language_that_a_test_reads():
     """`blocks` in this file and in test_docs_commands.py."""
     assert languages() == {"python", "bash", "json"}
     for page in PAGES:
-        assert not re.search(r"^    (\S*bin/)?(echolora|make|torchrun|accelerate|pip|python)\b", without_blocks(page), re.M)
+        assert not re.search(
+            r"^    (\S*bin/)?(echolora|make|torchrun|accelerate|pip|python)\b", without_blocks(page), re.M
+        )
 
 
 @pytest.mark.parametrize("block", blocks("python"))

@@ -43,7 +43,7 @@ def test_every_command_has_examples():
     "echolora train --model m --data d",
     "echolora train --model m --data d --output o --colour red",
     "echolora train --model m --data d --output o --rank high",
-    "torchrun --nproc-per-nod 2 --no-python echolora doctor",
+    "torchrun --processes 2 --no-python echolora doctor",
     "torchrun --nproc-per-node 2 --no-python echolora doctor --colour",
     "torchrun --nproc-per-node 2 examples/no_such.py",
     "accelerate launch --num_procs 2 --no_python echolora doctor",
@@ -55,7 +55,7 @@ def test_every_command_has_examples():
     "colour red",
 ])  # fmt: skip
 def test_wrong_ones_are_found(command):
-    with pytest.raises((AssertionError, SystemExit, typer._click.exceptions.UsageError)):
+    with pytest.raises((Exception, SystemExit)):
         check(command)
 
 
@@ -63,7 +63,7 @@ def check(command, whole=True):
     """Fail unless the command's program takes these arguments; with `whole`, unless nothing is missing."""
     words = shlex.split(command, comments=True)
     whole = whole and "..." not in words
-    words = [word.strip("[]") for word in words if word != "..."]
+    words = [word if re.search(r"\w\[", word) else word.strip("[]") for word in words if word != "..."]
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words.pop(0)
     if ">" in words:
@@ -107,11 +107,9 @@ def _check_echolora(words, whole):
     name, *words = words
     commands = typer.main.get_command(app).commands
     assert name in commands, name
-    if not whole:  # what is left out and cannot be
-        for parameter in commands[name].params:
-            if parameter.required and not set(parameter.opts) & set(words):
-                words += [parameter.opts[0], "x"] if parameter.param_type_name == "option" else ["x"]
-    if words:
+    known = {flag for parameter in commands[name].params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word for word in words if word.startswith("-") and word != "-"} <= known, words
+    if whole and words:
         commands[name].make_context(name, words)
 
 

@@ -59,7 +59,7 @@ def _root(
         raise typer.Exit()
 
 
-for command in (train, export):
-    app.command(no_args_is_help=True, epilog=_shown(command.__name__))(command)
-for command in (doctor, verify):
-    app.command(epilog=_shown(command.__name__))(command)
+app.command(name="train", no_args_is_help=True, epilog=_shown("train"))(train)
+app.command(name="export", no_args_is_help=True, epilog=_shown("export"))(export)
+app.command(name="doctor", epilog=_shown("doctor"))(doctor)
+app.command(name="verify", epilog=_shown("verify"))(verify)

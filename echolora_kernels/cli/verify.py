@@ -31,8 +31,8 @@ def verify(
 ) -> None:  # fmt: skip
     """Compare every operator with plain torch on this machine: outputs and all gradients.
 
-    The errors of each backend, largest and rms, both against float64, are shown as multiples of plain torch's in the
-    same dtype, over several random draws. Exit status 1 where one is more than 1.5.
+    Errors, largest and rms, both against float64, are shown as multiples of plain torch's in the same dtype.
+    Several random draws are pooled. Exit status 1 where one is more than 1.5.
     """
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise FileNotFoundError(f"json: got {json_file}, wants a file in a folder that exists")
