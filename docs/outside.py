@@ -9,15 +9,18 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("csrc/README.md", "examples/README.md", "CHANGELOG.md")
+FOLDERS = ("benchmarks", "csrc", "examples")
+PAGES = ["CHANGELOG.md"]
+PAGES += [str(page.relative_to(ROOT)) for folder in FOLDERS for page in (ROOT / folder).rglob("README.md")]
 
 
 def on_files(files: Files, config: Any) -> None:
     for name in PAGES:
         files.append(File.generated(config, name, content=(ROOT / name).read_text()))
-    for program in sorted((ROOT / "examples").glob("*.py")):
+    for program in (ROOT / "examples").rglob("*.py"):
         text = f"# {program.name}\n\n```python\n{program.read_text()}```\n"
-        files.append(File.generated(config, f"examples/{program.stem}.md", content=text))
+        name = str(program.relative_to(ROOT).with_suffix(".md"))
+        files.append(File.generated(config, name, content=text))
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

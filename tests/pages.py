@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / part / "README.md" for part in ("csrc", "examples")),
+    *(page for part in ("benchmarks", "csrc", "examples") for page in (ROOT / part).rglob("README.md")),
     *(ROOT / "docs").glob("*.md"),
 ]
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

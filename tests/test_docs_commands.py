@@ -52,6 +52,7 @@ def test_every_command_has_examples():
     'make demo DEMO_FLAGS="--colour red"',
     "pip install 'echolora-kernels[colour]'",
     "python no_such.py",
+    "python examples/commonsense/experiment.py --colour",
     "colour red",
 ])  # fmt: skip
 def test_wrong_ones_are_found(command):
@@ -94,6 +95,9 @@ def _check_program(program, words, whole):
     else:
         assert program == "python", f"{program} is no program that is known here"
         assert PLACEHOLDER.fullmatch(words[0]) or (ROOT / words[0]).is_file(), words[0]
+        if words[0].startswith(("benchmarks/", "examples/")):
+            flags = [word for word in words if word.startswith("--")]
+            assert all(f'"{flag}"' in (ROOT / words[0]).read_text() for flag in flags), flags
 
 
 def _check_started(no_python, program, words, whole):
