@@ -3,6 +3,9 @@
 import re
 import shlex
 import subprocess
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,9 @@ from pages import PAGES, ROOT, blocks, without_blocks
 
 from echolora_kernels.cli.app import EXAMPLES, app
 
+COMMANDS = typer.main.get_command(app).commands
+# commands that read their flags themselves, so that they need no typer; one that is not here has typer's
+OWN_PARSERS = {"bench": "echolora_kernels.benchmarks.command", "tune": "echolora_kernels.tuning.command"}
 PLACEHOLDER = re.compile(r"[A-Z_]+(\.py)?")
 
 
@@ -35,7 +41,13 @@ def test_help_pages(name):
 
 
 def test_every_command_has_examples():
-    assert set(EXAMPLES) == {"", *typer.main.get_command(app).commands}
+    commands = {"", *COMMANDS}
+    assert set(EXAMPLES) | commands & set(OWN_PARSERS) == commands
+    for name in commands & set(OWN_PARSERS):
+        shown = re.findall(rf"^ *(echolora {name} .*?)(?:  .*)?$", _own_parser(name).epilog, re.M)
+        assert shown
+        for command in shown:
+            check(command)
 
 
 @pytest.mark.parametrize("command", [
@@ -52,6 +64,7 @@ def test_every_command_has_examples():
     'make demo DEMO_FLAGS="--colour red"',
     "pip install 'echolora-kernels[colour]'",
     "python no_such.py",
+    "python -m no_such",
     "python examples/commonsense/experiment.py --colour",
     "colour red",
 ])  # fmt: skip
@@ -94,6 +107,9 @@ def _check_program(program, words, whole):
             assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M), extra
     else:
         assert program == "python", f"{program} is no program that is known here"
+        if words[0] == "-m":
+            assert find_spec(words[1]), words[1]
+            return
         assert PLACEHOLDER.fullmatch(words[0]) or (ROOT / words[0]).is_file(), words[0]
         if words[0].startswith(("benchmarks/", "examples/")):
             flags = [word for word in words if word.startswith("--")]
@@ -109,12 +125,20 @@ def _check_echolora(words, whole):
     if not words:
         return
     name, *words = words
-    commands = typer.main.get_command(app).commands
-    assert name in commands, name
-    known = {flag for parameter in commands[name].params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    assert name in COMMANDS, name
+    if name in OWN_PARSERS:
+        known = set(_own_parser(name)._option_string_actions)
+        parse = _own_parser(name).parse_args
+    else:
+        known = {flag for parameter in COMMANDS[name].params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        parse = partial(COMMANDS[name].make_context, name)
     assert {word for word in words if word.startswith("-") and word != "-"} <= known, words
     if whole and words:
-        commands[name].make_context(name, words)
+        parse(words)
+
+
+def _own_parser(name):
+    return import_module(OWN_PARSERS[name]).parser()
 
 
 def _check_make(words):
