@@ -19,13 +19,16 @@ class FuseReport:
     Attributes:
         fused: names of the layers that our operators compute.
         skipped: name of each LoRA layer or adapter that PEFT goes on computing -> why.
+        grouped: names of those fused layers that are computed together, since their parent calls them with one input.
     """
 
     fused: tuple[str, ...]
     skipped: dict[str, str]
+    grouped: tuple[tuple[str, ...], ...] = ()
 
     def __str__(self) -> str:
         rows = [("fused", _pattern(name), "") for name in self.fused]
+        rows += [("grouped", _pattern(_together(names)), "") for names in self.grouped]
         rows += [("skipped", _pattern(name), reason) for name, reason in self.skipped.items()]
         lines = [("", "layers", "module", "why")]
         lines += [(state, str(count), name, why) for (state, name, why), count in Counter(rows).items()]
@@ -41,8 +44,9 @@ def fuse(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
 
     Each layer gets a forward of its own that decides at every call: one active adapter of plain LoRA or DoRA on an
     unquantised nn.Linear goes through `functional.echo_lora_linear`; all else (merged, disabled or several adapters,
-    adapter_names, other variants) through PEFT's forward. State dict, parameters and hooks stay as they are. Our
-    choice (O); docs/python.md "PEFT models".
+    adapter_names, other variants) through PEFT's forward. Layers that their parent's forward calls with one input, such
+    as q, k and v, go through `functional.echo_lora_linear_group` together. State dict, parameters and hooks stay as they
+    are. Our choice (O); docs/python.md "PEFT models".
 
     Args:
         model: a PeftModel, or any module that contains PEFT's LoRA layers.
@@ -64,6 +68,7 @@ def fuse(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
     if "peft" not in sys.modules:  # without it there cannot be a LoRA layer
         raise ValueError("model: got no LoRA layer of PEFT, wants at least one (from peft.get_peft_model)")
     from .fused import FusedForward, lora_layers_of, why_not_adapter
+    from .grouped import group_children, ungroup
 
     layers = lora_layers_of(model)
     if not layers:
@@ -82,13 +87,14 @@ def fuse(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
                 skipped[f"{name} ({adapter})"] = why
         if None in reasons.values():
             fused.append(name)
-    report = FuseReport(tuple(fused), skipped)
     if strict and skipped:
         raise ValueError(f"model: strict, but PEFT has to compute\n{FuseReport((), skipped)}")
+    for module in model.modules():
+        ungroup(module)
     for name in fused:
         module = layers[name][0]
         module.forward = FusedForward(module, backend)
-    return report
+    return FuseReport(tuple(fused), skipped, group_children(model, fused))
 
 
 def unfuse(model: nn.Module) -> None:
@@ -96,10 +102,17 @@ def unfuse(model: nn.Module) -> None:
     if "peft" not in sys.modules:
         return
     from .fused import FusedForward
+    from .grouped import ungroup
 
     for module in model.modules():
+        ungroup(module)
         if isinstance(module.__dict__.get("forward"), FusedForward):
             del module.forward
+
+
+def _together(names: tuple[str, ...]) -> str:
+    parent = names[0].rpartition(".")[0]
+    return f"{parent}.({', '.join(name.rpartition('.')[2] for name in names)})".lstrip(".")
 
 
 def _pattern(name: str) -> str:

@@ -23,16 +23,23 @@ class FusedForward:
 
     Every call decides anew from the module as it is then. Parameters are read nowhere else: outside the module's own
     forward they may be sharded.
+
+    Attributes:
+        group: the `grouped.Group` that it is a member of, or None.
     """
 
     def __init__(self, module: Any, backend: str | None) -> None:
         self.module, self.backend = module, backend
+        self.group: Any = None
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # anything beside x has a meaning that only PEFT's forward knows: adapter_names, alora_offsets
         arguments = None if args or kwargs else operator_arguments(self.module, x)
         if arguments is None:
             return type(self.module).forward(self.module, x, *args, **kwargs)
+        together = None if self.group is None else self.group.output(self, x, arguments)
+        if together is not None:
+            return together
         return echo_lora_linear(x, **arguments, backend=self.backend)
 
 
