@@ -22,6 +22,7 @@ from ..errors import AdapterMismatch
 from ..ops.dora_norm.reference import dora_gain
 from ..ops.echo_lora_linear import Echo
 from .adapters import AdaptedLinear, ReadEcho, check_positions
+from .quantised import is_quantised, quantised_gain
 
 _NOT_LINEAR = tuple(
     getattr(lora_layers, name) for name in ("Embedding", "_ConvNd", "ParamWrapper") if hasattr(lora_layers, name)
@@ -72,6 +73,8 @@ class PeftAdapter(AdaptedLinear):
         if adapter not in self.module.lora_variant:
             return None
         module = self.module
+        if is_quantised(module):
+            return quantised_gain(module, adapter)
         return dora_gain(
             transpose(dequantize_module_weight(module.get_base_layer()), getattr(module, "fan_in_fan_out", False)),
             module.lora_A[adapter].weight,
