@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .. import backends
+from .versions import want_supported
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,14 @@ def fuse(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
         ValueError: it has no LoRA layer of PEFT; no backend has that name; or strict and something would be skipped,
             and the message lists what and why. Nothing is changed then.
         BackendUnavailable: `backend` names one that cannot run here.
+        ImportError: PEFT is of a version that is not supported.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wants a torch.nn.Module")
     backends.choose("echo_lora_linear", backend)
     if "peft" not in sys.modules:  # without it there cannot be a LoRA layer
         raise ValueError("model: got no LoRA layer of PEFT, wants at least one (from peft.get_peft_model)")
+    want_supported("peft")
     from .fused import FusedForward, lora_layers_of, why_not_adapter
     from .grouped import group_children, ungroup
     from .quantised import is_quantised
