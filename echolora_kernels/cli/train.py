@@ -69,6 +69,7 @@ def train(
     seed: Annotated[int, Option(help="Of data, initial values, dropout and routing.", rich_help_panel=_RUN)] = _DEFAULT["seed"],
     fuse: Annotated[bool, Option("--fuse/--no-fuse", help="Train the adapters through our operators, or through PEFT's own.", rich_help_panel=_RUN)] = _DEFAULT["fuse"],
     dtype: Annotated[str, Option(help="float32 or bfloat16.", rich_help_panel=_RUN)] = _DEFAULT["dtype"],
+    quantize: Annotated[str | None, Option(help="nf4 or int8: how bitsandbytes stores the frozen linears; by default as --dtype says.", rich_help_panel=_RUN)] = None,
     device: Annotated[str, Option(help="cpu, cuda, cuda:N or auto.", rich_help_panel=_RUN)] = _DEFAULT["device"],
     threads: Annotated[int | None, Option(help="CPU threads; by default torch's choice.", rich_help_panel=_RUN)] = None,
     save_every: Annotated[int, Option(help="Steps between checkpoints.", rich_help_panel=_RUN)] = 25,
@@ -104,6 +105,7 @@ def train(
         seed=seed,
         fuse=fuse,
         dtype=dtype,
+        quantize=quantize,
         device=device,
         echo=EchoConfig(
             source_layers=_numbers("source_layers", source_layers),
