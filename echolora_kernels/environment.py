@@ -1,6 +1,6 @@
 """What results depend on: versions, devices, and the environment variables that matter.
 
-docs/python.md shows the same table of variables.
+docs/environment.md shows the same table of variables.
 """
 
 from __future__ import annotations
