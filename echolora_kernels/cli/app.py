@@ -8,6 +8,7 @@ from .. import __version__
 from .doctor import doctor
 from .export import export
 from .train import train
+from .tune import SETTINGS, tune
 from .verify import verify
 
 app = typer.Typer(
@@ -33,3 +34,4 @@ app.command(name="train", no_args_is_help=True)(train)
 app.command(name="export", no_args_is_help=True)(export)
 app.command(name="doctor")(doctor)
 app.command(name="verify")(verify)
+app.command(name="tune", context_settings=SETTINGS, add_help_option=False)(tune)
