@@ -157,11 +157,15 @@ def launches(arch, dtype, everything):
             heavy = {"gain": gain, "bias": vector, "store_z": True, **echo, **tile}
             if name in configs.matmul_tiles("rich"):
                 yield from record(f"{where} dora echo", linear, x, weight, s, b, dropout=none, **heavy)
-            if name in configs.matmul_tiles("added") and (everything or name == "flat"):
-                alone = {"contract": False, **tile}
-                yield from record(f"{where} added dora echo", linear, x, weight, s, b, dropout=none, base=y, **heavy)
-                yield from record(f"{where} added", linear, x, weight, s, b, dropout=none, **alone)
-                yield from record(f"{where} added dropout", input_backward, x, weight, s, a, dropout=some, **alone)
+            if everything or name == "flat":
+                if name in configs.matmul_tiles("added rich"):
+                    added_heavy = {**heavy, "base": y, "dropout": none}
+                    yield from record(f"{where} added dora echo", linear, x, weight, s, b, **added_heavy)
+                if name in configs.matmul_tiles(f"added {'plain' if rank <= configs.MAX_RANK_STEP else 'rich'}"):
+                    added_dropout = {"dropout": some, "contract": False, **tile}
+                    yield from record(f"{where} added dropout", input_backward, x, weight, s, a, **added_dropout)
+                if name in configs.matmul_tiles("added plain"):
+                    yield from record(f"{where} added", linear, x, weight, s, b, contract=False, dropout=none, **tile)
             if name in configs.matmul_tiles("twin"):
                 yield from record(f"{where} dora echo dropout", linear, x, weight, s, b, dropout=some, **heavy)
                 yield from record(

@@ -56,11 +56,7 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
         "small": Tile(64, 64, 64, 4, 3),
         "flat": Tile(64, 128, 16, 4, 1),
     },
-    ("matmul", "single"): {
-        "twin": Tile(64, 32, 16, 8, 2),
-        "small": Tile(64, 64, 32, 8, 2),
-        "flat": Tile(64, 64, 16, 8, 1),
-    },
+    ("matmul", "single"): {"twin": Tile(64, 32, 16, 8, 2), "small": Tile(64, 64, 32, 8, 2)},
     ("matmul", "double"): {"twin": Tile(32, 32, 16, 4, 1), "small": Tile(32, 32, 16, 4, 1)},
     # persistent, through tensor descriptors
     ("descriptor", "half"): {
@@ -138,16 +134,18 @@ def forward_load(gain: bool, echo: bool, two_products: bool = False, added: bool
     """What F2 keeps in registers.
 
     "plain" is one accumulator; "rich" adds an epilogue with DoRA or an echo, which the "wide" tile would spill; "twin"
-    is two accumulators (DoRA with dropout); "added" is a kernel whose product with W0 the vendor's GEMM computes, so
-    that all it does is move memory.
+    is two accumulators (DoRA with dropout). After "added" the vendor's GEMM computes the product with W0, so that all
+    the kernel does is move memory.
     """
-    return "added" if added else "twin" if two_products else "rich" if gain or echo else "plain"
+    load = "twin" if two_products else "rich" if gain or echo else "plain"
+    return f"added {load}" if added else load
 
 
 def input_load(rank: int, dropout: bool, two_products: bool = False, added: bool = False) -> str:
     """The same for B3, where the dropout mask of several rank steps no longer fits beside the "wide" accumulator."""
     thick = dropout and rank > MAX_RANK_STEP
-    return "added" if added else "twin" if two_products else "rich" if thick else "plain"
+    load = "twin" if two_products else "rich" if thick else "plain"
+    return f"added {load}" if added else load
 
 
 def matmul_tiles(load: str) -> tuple[str, ...]:
@@ -156,7 +154,8 @@ def matmul_tiles(load: str) -> tuple[str, ...]:
         "plain": ("wide", "large", "lean", "small"),
         "rich": ("large", "lean", "small"),
         "twin": ("twin",),
-        "added": ("large", "lean", "small", "flat"),
+        "added plain": ("large", "lean", "small", "flat"),
+        "added rich": ("small", "flat"),
     }
     return loads[load]
 

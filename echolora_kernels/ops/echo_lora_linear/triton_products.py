@@ -54,7 +54,8 @@ def linear_product(
             tile = _tile(choice, "descriptor", configs.descriptor_tiles(rank, rich), x)
             return linear_by_descriptors(x, weight, s, lora_b, store_z=store_z, tile=tile, **rest)
         return linear(x, weight, s, lora_b, store_z=store_z, tile=tile, **rest)
-    rest["tile"] = _tile(choice, "matmul", configs.matmul_tiles("added"), x)
+    load = configs.forward_load(gain is not None, delta is not None, added=True)
+    rest["tile"] = _tile(choice, "matmul", configs.matmul_tiles(load), x)
     with without_autocast(x):
         if choice.candidate == "accumulate":
             return linear(x, weight, s, lora_b, store_z=store_z, base=torch.mm(flat(x), weight.t()), **rest)
@@ -87,7 +88,8 @@ def input_product(
             tile = _tile(choice, "descriptor", configs.descriptor_tiles(rank, dropout.p > 0), dy)
             return input_by_descriptors(dy, weight, ds, lora_a, dropout=dropout, tile=tile)
         return input_backward(dy, weight, ds, lora_a, dropout=dropout, gain=gain, tile=tile)
-    tile = _tile(choice, "matmul", configs.matmul_tiles("added"), dy)
+    load = configs.input_load(rank, dropout.p > 0, added=True)
+    tile = _tile(choice, "matmul", configs.matmul_tiles(load), dy)
     dx = input_backward(dy, weight, ds, lora_a, dropout=dropout, contract=False, tile=tile)
     return add_product(dx, flat(dy), weight, gain)
 
