@@ -55,6 +55,7 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
         "twin": Tile(128, 64, 32, 8, 3),
         "small": Tile(64, 64, 64, 4, 3),
         "flat": Tile(64, 128, 16, 8, 1),
+        "flat on sm_120": Tile(64, 128, 16, 4, 1),
     },
     ("matmul", "single"): {"twin": Tile(64, 32, 16, 8, 2), "small": Tile(64, 64, 32, 8, 2)},
     ("matmul", "double"): {"twin": Tile(32, 32, 16, 4, 1), "small": Tile(32, 32, 16, 4, 1)},
