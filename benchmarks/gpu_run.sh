@@ -78,6 +78,13 @@ pack() { # everything that is known by now
     tar -czf "$OUTPUT/logs.tar.gz" -C "$WORK" logs tuned
 }
 
+how() { # exit status, seconds
+    case $1 in
+    0) echo ok ;;
+    124 | 137) echo "stopped after $2 s" ;;
+    *) echo "FAILED ($1)" ;;
+    esac
+}
 note() { printf '%s\t%s\t%s\t%s\n' "$@" >>"$LOGS/parts.tsv"; } # what, how it went, seconds, log
 
 job() { # name, seconds, command...: in its own process group, interrupted and then killed after that long
@@ -94,11 +101,7 @@ job() { # name, seconds, command...: in its own process group, interrupted and t
     wait "$CHILD"
     status=$?
     CHILD=''
-    case $status in
-    0) note "$name" ok $((SECONDS - begun)) "$name.log" ;;
-    124 | 137) note "$name" "stopped after $seconds s" $((SECONDS - begun)) "$name.log" ;;
-    *) note "$name" "FAILED ($status)" $((SECONDS - begun)) "$name.log" ;;
-    esac
+    note "$name" "$(how $status "$seconds")" $((SECONDS - begun)) "$name.log"
     return "$status"
 }
 
@@ -138,7 +141,7 @@ finish_build() { # once
         library=$("$PYTHON" -c 'from echolora_kernels import native as n; print(n.why_unavailable() or " ".join(n.cuda_architectures()) or "no CUDA")')
         note build "ok: $library" $((SECONDS - BUILD_BEGUN)) build.log
     else
-        note build "FAILED ($status)" $((SECONDS - BUILD_BEGUN)) build.log
+        note build "$(how $status $((SECONDS - BUILD_BEGUN)))" $((SECONDS - BUILD_BEGUN)) build.log
     fi
 }
 
@@ -149,13 +152,9 @@ if wanted smoke; then
         [[ ${ECHOLORA_LIBRARY:-} ]] && job smoke-cpp "$(box 20)" "$PYTHON" benchmarks/gpu/smoke.py all --backend cpp --dtype float32
     else
         job smoke "$(box 20)" "$PYTHON" benchmarks/gpu/smoke.py all --backend triton
-        finish_build
-        "$PYTHON" -c 'import sys; from echolora_kernels.backends import availability as a; sys.exit(a()["cuda"] != "available")' &&
-            job smoke-cuda "$(box 8)" "$PYTHON" benchmarks/gpu/smoke.py all --backend cuda
     fi
     pack
 fi
-finish_build
 
 in_minutes() { awk "BEGIN { print ($1 > 20 ? $1 - 20 : $1 / 2) / 60 }"; } # a little less than the box
 less() { echo $(($1 > 30 ? $1 - 25 : $1 / 2)); }
@@ -165,13 +164,18 @@ if wanted tune; then
     if [[ $DRY == 1 ]]; then
         job tune "$(box 20)" "${TUNE[@]}" --dry-run --shapes llama-3-8b
     else
-        SECONDS_HERE=$(box 22)
+        SECONDS_HERE=$(box 20)
         job tune "$SECONDS_HERE" "${TUNE[@]}" --shapes llama-3-8b --minutes "$(in_minutes "$SECONDS_HERE")"
-        SECONDS_HERE=$(box 6)
+        SECONDS_HERE=$(box 5)
         job tune-more "$SECONDS_HERE" "${TUNE[@]}" --shapes llama-2-7b,smollm2-135m --tokens 8192,2048 --rank 16 \
             --minutes "$(in_minutes "$SECONDS_HERE")"
     fi
     pack
+fi
+finish_build
+if wanted smoke && [[ $DRY == 0 ]] &&
+    "$PYTHON" -c 'import sys; from echolora_kernels.backends import availability as a; sys.exit(a()["cuda"] != "available")'; then
+    job smoke-cuda "$(box 8)" "$PYTHON" benchmarks/gpu/smoke.py all --backend cuda
 fi
 compgen -G "$WORK/tuned/*.json" >/dev/null && export ECHOLORA_TUNED=$WORK/tuned
 
@@ -185,14 +189,14 @@ if wanted layers; then
         bench layers "$(box 20)" --cases 'smollm2/layer/q/*/r16/p0/plain/fp32' --rows 48 --rounds 2 --device cpu
     else
         USUAL=(--kind layer --model llama3-8b --dtype bf16 --echo off --seconds 0.3 --roofline)
-        bench layers "$(box 17)" "${USUAL[@]}" --part q qkv down --rank 16 --dropout 0
-        bench layers-more "$(box 8)" "${USUAL[@]}" --part q qkv --rank 16 64 --dropout 0.1 --implementations 'ours*' peft-bf16 addmm
+        bench layers "$(box 15)" "${USUAL[@]}" --part q qkv down --rank 16 --dropout 0
+        bench layers-more "$(box 5)" "${USUAL[@]}" --part q qkv --rank 16 64 --dropout 0.1 --implementations 'ours*' peft-bf16 addmm
     fi
     pack
 fi
 if wanted step; then
     if [[ $DRY == 1 ]]; then
-        bench step "$(box 40)" --cases 'smollm2/step/arc-easy/lora/r16/kept/fp32' --implementations 'shared-*' --rounds 1 \
+        bench step "$(box 40)" --cases 'smollm2/step/arc-easy/lora/r16/kept/fp32' --implementations shared-ours --rounds 1 \
             --device cpu --no-memory
     else
         bench step "$(box 11)" --kind step --model smollm2 --part arc-easy --method lora dora --dtype bf16 fp32 --seconds 0.5
@@ -209,7 +213,7 @@ if wanted tests; then
         if [[ $DRY == 1 ]]; then
             job tests-backends "$(box 20)" "${PYTEST[@]}" tests/triton/test_triton_candidates.py -x
         else
-            job tests-backends "$(box 22)" "${PYTEST[@]}" tests/triton tests/backends tests/losses \
+            job tests-backends "$(box 16)" "${PYTEST[@]}" tests/triton tests/backends tests/losses \
                 -m 'not gpu and not codegen and not full' -k 'triton or cuda'
         fi
     fi
@@ -226,7 +230,7 @@ if wanted accuracy; then
         job accuracy "$(box 20)" "$PYTHON" benchmarks/gpu/training.py --device cpu --backend cpp --steps 12 --width 64 --blocks 4
     else
         for dtype in float32 bfloat16; do
-            job "accuracy-$dtype" "$(box 8)" "$PYTHON" benchmarks/gpu/training.py --dtype "$dtype"
+            job "accuracy-$dtype" "$(box 6)" "$PYTHON" benchmarks/gpu/training.py --dtype "$dtype"
         done
     fi
     pack

@@ -58,8 +58,11 @@ def ways(dtype: str) -> Iterator[tuple[str, str | None]]:
     ranks = (16, 64, 128) if device.type == "cuda" else (4,)
     for rank, dora, product in itertools.product(ranks, (False, True), ("forward", "input-gradient")):
         problem = Problem(product, m, n, k, rank, dtype, of.arch, dora)
-        arguments = Product(problem, device)
-        for way in all_ways(problem, of):
+        arguments, listed = Product(problem, device), all_ways(problem, of)
+        with ThreadPoolExecutor(4 if device.type == "cuda" else 1) as threads:  # they compile, what fails does so again
+            for future in [threads.submit(arguments.run, way) for way in listed]:
+                future.exception()
+        for way in listed:
             name, wrong = f"{product} {'dora' if dora else 'lora'} r {rank}: {way}", None
             try:
                 error = arguments.error(way)
