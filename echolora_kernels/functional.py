@@ -9,7 +9,7 @@ import torch
 from . import backends
 from .ops.echo_lora_linear import Echo, Projection
 
-__all__ = ["echo_lora_linear", "echo_lora_linear_group", "echo_networks"]
+__all__ = ["echo_lora_linear", "echo_lora_linear_group", "echo_networks", "lora_update"]
 
 
 def echo_lora_linear(
@@ -103,6 +103,57 @@ def echo_lora_linear_group(
     """
     implementation = backends.choose("echo_lora_linear_group", backend, x.device)
     return implementation(x, projections, dropout_p=dropout_p, dora_dropout=dora_dropout)
+
+
+def lora_update(
+    base: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    *,
+    gain: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    overwrite_base: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """The low-rank update of a product that another library has computed, such as that of a quantised layer.
+
+    ``y = g (base + s B A drop(x)) + bias``, with g = 1 where no gain is given. Our choice (O).
+
+    Args:
+        base: the product with the frozen weight, [..., d_out], floating.
+        x: [..., d_in], dtype of base (any floating dtype under autocast, which computes in base's).
+        lora_a: A, [r, d_in], floating; may be wider than x.
+        lora_b: B, [d_out, r], dtype of lora_a.
+        scaling: s, dimensionless.
+        gain: g, [d_out], DoRA's ``magnitude / norm``, or None.
+        bias: [d_out] or None, which no gain scales.
+        dropout_p: probability in [0, 1) that an element of x is dropped before A; drawn from torch's generator.
+        overwrite_base: nobody reads base any more, so kernels may put y there, where autograd allows it and no
+            gradient of the gain wants it.
+        backend: None chooses, a name insists.
+
+    Returns:
+        y, [..., d_out], in base's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        BackendUnavailable: `backend` names one that cannot run here.
+    """
+    implementation = backends.choose("lora_update", backend, x.device)
+    return implementation(
+        base,
+        x,
+        lora_a,
+        lora_b,
+        scaling,
+        gain=gain,
+        bias=bias,
+        dropout_p=dropout_p,
+        overwrite_base=overwrite_base,
+    )
 
 
 def echo_networks(

@@ -14,6 +14,7 @@ from .ops.echo_lora_linear import Echo
 from .ops.echo_lora_linear.reference import echo_lora_linear as _echo_lora_linear
 from .ops.echo_lora_linear.reference import echo_lora_linear_group
 from .ops.echo_networks.reference import echo_networks
+from .ops.lora_update.reference import lora_update
 
 __all__ = [
     "dora_norm",
@@ -23,6 +24,7 @@ __all__ = [
     "echo_lora_linear",
     "echo_lora_linear_group",
     "echo_networks",
+    "lora_update",
 ]
 
 

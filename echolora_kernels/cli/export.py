@@ -9,6 +9,7 @@ import torch
 import typer
 from typer import Argument, Option
 
+from ..integrations.versions import want_supported
 from .show import interruptible, quiet_libraries
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -31,6 +32,7 @@ def export(
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, wants one of {', '.join(_DTYPES)}")
     quiet_libraries()
+    want_supported("peft")
     from ..integrations.export import TOLERANCES, export_adapter  # loads transformers: not for --help
 
     with interruptible():

@@ -11,6 +11,7 @@ import torch
 import typer
 from typer import Option
 
+from ..integrations.versions import want_supported
 from ..method.config import EchoConfig
 from ..training.checkpoint import latest_checkpoint
 from ..training.processes import launched
@@ -131,6 +132,7 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     quiet_libraries()
+    want_supported("peft")
     from ..training.run import CHECKPOINTS
     from ..training.run import train as run  # loads transformers: not for --help
 

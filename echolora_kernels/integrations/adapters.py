@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from ..layers.linear import EchoLoRALinear
 from ..ops.echo_lora_linear import Echo
+from .versions import want_supported
 
 ReadEcho = Callable[[], Echo | None]
 
@@ -86,15 +86,30 @@ class _PassEcho:
 
 
 def adapted_linears(model: nn.Module) -> list[AdaptedLinear]:
-    """Every adapted linear of `model`: `EchoLoRALinear` modules and the linear LoRA layers of PEFT."""
-    found: list[AdaptedLinear] = [
+    """Every adapted linear of `model`: `EchoLoRALinear` modules and the linear LoRA layers of PEFT.
+
+    Raises:
+        ImportError: the model has layers of PEFT, whose version is not supported.
+    """
+    native = [
         NativeAdapter(name, module) for name, module in model.named_modules() if isinstance(module, EchoLoRALinear)
     ]
-    if "peft" in sys.modules:  # a model with PEFT layers cannot exist before PEFT is imported
-        from .peft import peft_adapters
+    return [*native, *_layers_of_peft(model)[0]]
 
-        found += peft_adapters(model)
-    return found
+
+def layers_without_echo(model: nn.Module) -> dict[str, str]:
+    """name -> why it takes no echo, of every LoRA layer that is not among `adapted_linears`."""
+    return _layers_of_peft(model)[1]
+
+
+def _layers_of_peft(model: nn.Module) -> tuple[list[AdaptedLinear], dict[str, str]]:
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    if not any(kind.__module__.startswith("peft.") for kind in kinds):
+        return [], {}
+    want_supported("peft")
+    from .peft import layers_of_peft
+
+    return layers_of_peft(model)
 
 
 def check_positions(name: str, tensor: torch.Tensor, echo: Echo) -> None:

@@ -16,8 +16,9 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     configuration the longest nn.ModuleList.
 
     Raises:
-        ValueError: there is no such list, or more than one.
+        ValueError: there is no such list, or more than one; or the model is one of transformers and no causal LM.
     """
+    _want_causal(model)
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     depth = getattr(_text_config(model), "num_hidden_layers", None)
     if depth is None:
@@ -58,6 +59,18 @@ def gather_in_backward(block: nn.Module, *tensors: torch.Tensor) -> None:
     for tensor in tensors:
         if sharded and tensor.requires_grad:
             tensor.register_hook(gather)
+
+
+def _want_causal(model: Any) -> None:
+    """Raise if the model is one of transformers that does not predict each token from those before it."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not type(plain).__module__.startswith("transformers."):
+        return
+    kind = type(plain).__name__
+    if plain.config.is_encoder_decoder:
+        raise ValueError(f"model: got {kind}, an encoder with a decoder; wants a causal language model")
+    if not plain.can_generate():
+        raise ValueError(f"model: got {kind}, which generates no text; wants a causal language model with its head")
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoTokenizer
 
 from .peft import load_adapter
+from .saving import replacing, want_writable
 from .transformers import load_model, resolve_model
 
 PROMPT = "The capital of France is"
@@ -105,7 +103,7 @@ def export_adapter(
     adapted = get_peft_model(base, PeftConfig.from_pretrained(str(adapter)))
     load_adapter(adapted, adapter)
     _want_finite(adapter, adapted)
-    with _replacing(output) as unfinished:
+    with replacing(output) as unfinished:
         if not merged:
             for name in _ADAPTER_FILES:  # of what else may lie there, such as an optimizer, nothing
                 if (adapter / name).is_file():
@@ -144,8 +142,7 @@ def _want_finite(adapter: Path, model: PeftModel) -> None:
 
 def _want_replaceable(output: Path, overwrite: bool, needed: list[Path]) -> None:
     """Raise unless `output` can be made or replaced without losing anything but an earlier export."""
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"output: got {output}, a file; wants a folder")
+    want_writable(output)
     if not output.exists() or not any(output.iterdir()):
         return
     if not overwrite:
@@ -157,21 +154,3 @@ def _want_replaceable(output: Path, overwrite: bool, needed: list[Path]) -> None
         raise FileExistsError(
             f"output: {output} holds no earlier export ({CONFIG_NAME} or {_MODEL_CONFIG}): not replaced"
         )
-
-
-@contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
-    """A new folder beside `output` that takes its place at the end; after any error all is as it was."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    unfinished, old = beside / "unfinished", beside / "old"
-    try:
-        unfinished.mkdir()
-        yield unfinished
-        if output.exists():
-            output.rename(old)
-        unfinished.rename(output)
-    finally:
-        if old.exists() and not output.exists():
-            old.rename(output)
-        shutil.rmtree(beside, ignore_errors=True)

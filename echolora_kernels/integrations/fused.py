@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from ..functional import echo_lora_linear
+from .quantised import is_quantised, quantised_fits, quantised_forward, why_not_quantised, why_not_quantised_adapter
 
 MAX_RANK = 256  # of every set of kernels
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -23,16 +24,28 @@ class FusedForward:
 
     Every call decides anew from the module as it is then. Parameters are read nowhere else: outside the module's own
     forward they may be sharded.
+
+    Attributes:
+        group: the `grouped.Group` that it is a member of, or None.
     """
 
     def __init__(self, module: Any, backend: str | None) -> None:
         self.module, self.backend = module, backend
+        self.group: Any = None
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # anything beside x has a meaning that only PEFT's forward knows: adapter_names, alora_offsets
+        if not args and not kwargs and is_quantised(self.module):
+            name = only_adapter(self.module)
+            if name is not None and quantised_fits(self.module, name, x):
+                unseen = not _is_hooked(self.module.base_layer)
+                return quantised_forward(self.module, name, x, overwrite_base=unseen, backend=self.backend)
         arguments = None if args or kwargs else operator_arguments(self.module, x)
         if arguments is None:
             return type(self.module).forward(self.module, x, *args, **kwargs)
+        together = None if self.group is None else self.group.output(self, x, arguments)
+        if together is not None:
+            return together
         return echo_lora_linear(x, **arguments, backend=self.backend)
 
 
@@ -55,6 +68,8 @@ def lora_layers_of(model: nn.Module) -> dict[str, tuple[Any, str | None]]:
 
 def why_not_layer(module: Any) -> str | None:
     """Why no adapter of this LoRA layer can be computed by our operator."""
+    if is_quantised(module):
+        return why_not_quantised(module)
     if type(module).forward is not lora_layers.Linear.forward:
         return f"PEFT's {type(module).__name__} is not its plain Linear"
     base = module.base_layer
@@ -77,25 +92,31 @@ def why_not_adapter(module: Any, name: str) -> str | None:
         return "its parts are not plain Linear and Dropout modules"
     if module.r[name] > MAX_RANK:
         return f"rank {module.r[name]} is above {MAX_RANK}"
-    if b.bias is not None and (variant is not None or b.bias.dtype != module.base_layer.weight.dtype):
+    apart = is_quantised(module)  # then a lora_bias is added by itself, in whatever dtype
+    if b.bias is not None and (variant is not None or not (apart or b.bias.dtype == module.base_layer.weight.dtype)):
         return f"a lora_bias in {b.bias.dtype} cannot be added to a bias in {module.base_layer.weight.dtype}"
     if getattr(dropout, "p", 0.0) >= 1.0:
         return "its dropout drops everything"
     if any(_is_hooked(part) for part in (a, b, dropout)):
         return "its parts have hooks or a replaced forward"
-    return None
+    return why_not_quantised_adapter(module, name) if apart else None
 
 
-def operator_arguments(module: Any, x: torch.Tensor) -> dict[str, Any] | None:
-    """What `echo_lora_linear` takes besides x, where it computes what PEFT's forward would now; else None."""
+def only_adapter(module: Any) -> str | None:
+    """The adapter whose update our operators can compute in this call; None where PEFT has to."""
     if module.disable_adapters or module.merged or why_not_layer(module) is not None:
         return None
     if torch.jit.is_tracing() or forward_ad._current_level >= 0:  # kernels cannot be seen into
         return None
     active = [name for name in module.active_adapters if name in module.lora_A]
-    if len(active) != 1 or why_not_adapter(module, active[0]) is not None:
+    return active[0] if len(active) == 1 and why_not_adapter(module, active[0]) is None else None
+
+
+def operator_arguments(module: Any, x: torch.Tensor) -> dict[str, Any] | None:
+    """What `echo_lora_linear` takes besides x, where it computes what PEFT's forward would now; else None."""
+    name = only_adapter(module)
+    if name is None or is_quantised(module):
         return None
-    (name,) = active
     weight, bias = module.base_layer.weight, module.base_layer.bias
     lora_a, lora_b, lora_bias = module.lora_A[name].weight, module.lora_B[name].weight, module.lora_B[name].bias
     scaling, dropout = module.scaling[name], module.lora_dropout[name]

@@ -22,22 +22,31 @@ from ..errors import AdapterMismatch
 from ..ops.dora_norm.reference import dora_gain
 from ..ops.echo_lora_linear import Echo
 from .adapters import AdaptedLinear, ReadEcho, check_positions
+from .quantised import is_quantised, quantised_gain
 
 _NOT_LINEAR = tuple(
     getattr(lora_layers, name) for name in ("Embedding", "_ConvNd", "ParamWrapper") if hasattr(lora_layers, name)
 )
 
 
-def peft_adapters(model: nn.Module) -> list[AdaptedLinear]:
-    """The LoRA and DoRA layers of PEFT in `model` that wrap a linear."""
+def layers_of_peft(model: nn.Module) -> tuple[list[AdaptedLinear], dict[str, str]]:
+    """The LoRA and DoRA layers of PEFT in `model` that wrap a linear, and of each other one why it takes no echo."""
     found: list[AdaptedLinear] = []
-    attention: list[str] = []  # PEFT's MultiheadAttention reads its inner linear's weights without calling it
+    others: dict[str, str] = {}
+    attention: list[str] = []
     for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
         if isinstance(module, lora_layers.MultiheadAttention):
             attention.append(name + ".")
-        elif isinstance(module, LoraLayer) and not isinstance(module, _NOT_LINEAR):
+            others[name] = "MultiheadAttention reads its weights without calling it"
+        elif name.startswith(tuple(attention)):
+            others[name] = "MultiheadAttention reads its weights without calling it"
+        elif isinstance(module, _NOT_LINEAR):
+            others[name] = f"it adapts {type(module.get_base_layer()).__name__}, not a linear"
+        else:
             found.append(PeftAdapter(name, module))
-    return [adapter for adapter in found if not adapter.name.startswith(tuple(attention))]
+    return found, others
 
 
 class PeftAdapter(AdaptedLinear):
@@ -72,6 +81,8 @@ class PeftAdapter(AdaptedLinear):
         if adapter not in self.module.lora_variant:
             return None
         module = self.module
+        if is_quantised(module):
+            return quantised_gain(module, adapter)
         return dora_gain(
             transpose(dequantize_module_weight(module.get_base_layer()), getattr(module, "fan_in_fan_out", False)),
             module.lora_A[adapter].weight,

@@ -6,6 +6,8 @@ PEFT adapter, shows the losses to everything that logs, and is what trainers nee
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..errors import CheckpointError
 from ..method import EchoLoRA, EchoLoRAOutput
+from .saving import updating
 
 __all__ = ["EchoCallback", "EchoTrainer", "EchoTrainerMixin"]
 
@@ -119,7 +122,8 @@ class EchoTrainerMixin(_Base):
 
     The trainer is made for the plain model and trains the EchoLoRA; an `EchoCallback` is added, before all others, if
     there is none. Training takes the EchoLoRA's loss whatever the trainer's own, evaluation the trainer's own on the
-    plain model. ``save_model`` writes the plain model's adapter; a checkpoint has it beside what a resume needs.
+    plain model. ``save_model`` writes the plain model's adapter, or after any error leaves an earlier one as it was; a
+    checkpoint has it beside what a resume needs.
     Our choice (O).
 
     Args:
@@ -153,10 +157,12 @@ class EchoTrainerMixin(_Base):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call:  # a checkpoint
             super().save_model(output_dir, _internal_call)
-        echo = self.model
+        folder, echo = Path(str(output_dir or self.args.output_dir)), self.model
         self.model = _echo_of(echo).model
         try:
-            super().save_model(output_dir, _internal_call)
+            # the others take part and write nothing
+            with updating(folder) if self.args.should_save else nullcontext(folder) as unfinished:
+                super().save_model(str(unfinished), _internal_call)
         finally:
             self.model = echo
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..integrations.adapters import AdaptedLinear, adapted_linears
+from ..integrations.adapters import AdaptedLinear, adapted_linears, layers_without_echo
 from ..integrations.blocks import decoder_blocks, hidden_width
 from ..integrations.heads import gives_logits, is_frozen_linear
 from ..layers.network import EchoNetworks
@@ -173,6 +175,24 @@ class EchoLoRA(nn.Module):
         self._removed = True
         return self.model
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """The plain model's `save_pretrained`, an adapter's with PEFT; after any error an earlier one is as it was.
+
+        Args:
+            save_directory: a folder; files in it that are not written stay. **kwargs: passed on.
+
+        Raises:
+            AttributeError: the plain model has no such method.
+            OSError: the folder could not be written.
+        """
+        save: Any = self.model.save_pretrained
+        from ..integrations.saving import updating  # wants safetensors, which whoever saves has
+
+        with updating(Path(save_directory)) as unfinished:
+            if (card := Path(save_directory) / "README.md").is_file():  # which PEFT brings up to date
+                shutil.copyfile(card, unfinished / card.name)
+            save(str(unfinished), **kwargs)
+
     def get_extra_state(self) -> torch.Tensor:
         return torch.tensor(self.step)  # a tensor, so that safetensors can hold the state dict
 
@@ -242,10 +262,12 @@ class EchoLoRA(nn.Module):
 def _find_targets(
     model: nn.Module, config: EchoConfig, blocks_name: str, target_layers: tuple[int, ...]
 ) -> dict[str, AdaptedLinear]:
-    adapters = adapted_linears(model)
+    adapters, others = adapted_linears(model), layers_without_echo(model)
     if not adapters:
+        name, reason = next(iter(others.items()), ("", ""))
+        but = f" ({name} takes no echo: {reason})" if others else ""
         raise ValueError(
-            "model: got no adapted linear, wants PEFT LoRA/DoRA layers or EchoLoRALinear modules "
+            f"model: got no adapted linear{but}, wants PEFT LoRA/DoRA layers or EchoLoRALinear modules "
             "(for instance from peft.get_peft_model)"
         )
     prefixes = tuple(f"{blocks_name}.{layer}." for layer in target_layers)
@@ -261,7 +283,12 @@ def _find_targets(
         names = {adapter.name.rpartition(".")[2] for adapter in inside}
         unknown = [name for name in config.target_modules if name not in names]
         if unknown:
-            raise ValueError(f"target_modules: got {unknown}, wants names among the adapted linears {sorted(names)}")
+            why = "".join(
+                f"; {name}: {reason}" for name, reason in others.items() if name.rpartition(".")[2] in unknown
+            )
+            raise ValueError(
+                f"target_modules: got {unknown}, wants names among the adapted linears {sorted(names)}{why}"
+            )
         chosen = [adapter for adapter in inside if adapter.name.rpartition(".")[2] in config.target_modules]
     if not any(adapter.trainable().requires_grad for adapter in chosen):
         raise ValueError(

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import CheckpointError
+from ..integrations.saving import replacing
 
-_PREFIX, _UNFINISHED = "step-", ".unfinished"
+_PREFIX = "step-"
 _ADVICE = "remove it to fall back on the one before"
 _NAME = re.compile(rf"{_PREFIX}\d+")
 
@@ -52,21 +53,16 @@ def save_checkpoint(
     """
     parameters = list(parameters)
     target = folder / f"{_PREFIX}{step:06d}"
-    unfinished = folder / (target.name + _UNFINISHED)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_file(
-        {name: parameter.detach().contiguous() for name, parameter in parameters}, unfinished / "weights.safetensors"
-    )
     moments = {
         f"{name}/{key}": value.contiguous()
         for name, parameter in parameters
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-    save_file(moments, unfinished / "optimizer.safetensors")
-    (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-    shutil.rmtree(target, ignore_errors=True)
-    unfinished.rename(target)
+    weights = {name: parameter.detach().contiguous() for name, parameter in parameters}
+    with replacing(target) as unfinished:
+        save_file(weights, unfinished / "weights.safetensors")
+        save_file(moments, unfinished / "optimizer.safetensors")
+        (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
     for old in sorted(_complete(folder), key=step_of)[:-keep]:
         shutil.rmtree(old)
     return target

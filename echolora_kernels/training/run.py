@@ -18,6 +18,7 @@ from torch import nn
 from .. import __version__
 from ..errors import CheckpointError
 from ..integrations.fuse import fuse, unfuse
+from ..integrations.saving import replacing, want_writable
 from ..integrations.transformers import load_model
 from ..method.model import EchoLoRA
 from .checkpoint import latest_checkpoint, read_json, read_state
@@ -209,12 +210,9 @@ def with_adapter(base: nn.Module, settings: TrainSettings) -> PeftModel:
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter beside and rename it into place, so that an earlier one survives a failure."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(str(unfinished), save_embedding_layers=False)  # no embedding is trained
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    """Write the adapter, or after any error leave an earlier one as it was."""
+    with replacing(folder) as unfinished:
+        model.save_pretrained(str(unfinished), save_embedding_layers=False)  # no embedding is trained
 
 
 @torch.no_grad()
@@ -258,9 +256,7 @@ def _device(name: str) -> str:
 
 def _earlier_run(output: Path, settings: TrainSettings, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """What `output` holds and is to be carried on: a finished run's metrics, or the last checkpoint's state."""
-    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(f"output: got {output}, but {nearest} is a file; wants a folder")
+    want_writable(output)
     occupied = [name for name in (METRICS, ADAPTER, CHECKPOINTS) if (output / name).exists()]
     if overwrite or not occupied:
         return None

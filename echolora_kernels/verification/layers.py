@@ -1,4 +1,4 @@
-"""Trials of the adapted linears, alone and in groups, and of the echo networks."""
+"""Trials of the adapted linears, alone and in groups, of low-rank updates, and of the echo networks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..ops.echo_lora_linear.dropout import Dropout
 from ..ops.echo_lora_linear.kernels import load
 from ..ops.echo_lora_linear.reference import project
 from ..ops.echo_networks.reference import echo_networks
+from ..ops.lora_update.reference import lora_update
 from .trials import Compute, Tensors, Trial
 
 _NAMES = ("weight", "bias", "lora_a", "lora_b", "magnitude", "delta")
@@ -100,6 +101,47 @@ def linears(
 
     frozen = frozenset(_key("weight", number, members) for number in range(len(members)))
     return Trial(tensors, frozen, incoming, kernels, plain)
+
+
+def updates(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    n: int,
+    t: int,
+    d_in: int,
+    d_out: int,
+    r: int,
+    gain: bool,
+    dropout_p: float,
+) -> Trial:
+    """`lora_update`."""
+    draw = drawer(device, dtype)
+    tensors = {
+        "base": draw(n, t, d_out),
+        "x": draw(n, t, d_in),
+        "lora_a": draw(r, d_in),
+        "lora_b": draw(d_out, r),
+        "bias": draw(d_out),
+    }
+    if gain:
+        tensors["gain"] = draw(d_out)
+    incoming = {"y": draw(n, t, d_out)}
+    seed = int(torch.randint(2**31, ()))
+    keep = _kept(backend, tensors["x"], dropout_p, seed)
+
+    def kernels(tensors: Tensors) -> Tensors:
+        torch.manual_seed(seed)
+        arguments: dict[str, Any] = {**tensors, "scaling": 0.7}
+        return {"y": functional.lora_update(**arguments, dropout_p=dropout_p, backend=backend)}
+
+    def plain(tensors: Tensors) -> Tensors:
+        x = tensors["x"]
+        dropped = x if keep is None else x * keep.to(x.dtype) / (1 - dropout_p)
+        arguments: dict[str, Any] = {**tensors, "x": dropped, "scaling": 0.7}
+        return {"y": lora_update(**arguments)}
+
+    return Trial(tensors, frozenset(), incoming, kernels, plain)
 
 
 def _key(name: str, number: int, members: Sequence[Member]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .layers import Member, linears, networks
+from .layers import Member, linears, networks, updates
 from .losses import loss
 from .trials import Trial
 
@@ -34,7 +34,7 @@ class Check:
 
 def checks(quick: bool, small: bool) -> list[Check]:
     """All of them, or the quick part; `small` for Triton's interpreter."""
-    found = itertools.chain(_linears(small), _groups(small), _networks(small), _losses(small))
+    found = itertools.chain(_linears(small), _groups(small), _updates(small), _networks(small), _losses(small))
     return [check for check in found if check.quick or not quick]
 
 
@@ -85,6 +85,17 @@ def _groups(small: bool) -> Iterator[Check]:
         shape = f"[{n}, {t}, {d_in}] to {', '.join(map(str, widths))}"
         quick = p > 0 and len(set(kind)) > 1
         yield Check("echo_lora_linear_group", text + _dropout(p), shape, 4, make, quick)
+
+
+def _updates(small: bool) -> Iterator[Check]:
+    for (n, t, d_in, d_out, r), gain, p in itertools.product(
+        _SMALL_SHAPES if small else _SHAPES, (False, True), (0.0, 0.1)
+    ):
+        make = functools.partial(updates, n=n, t=t, d_in=d_in, d_out=d_out, r=r, gain=gain, dropout_p=p)
+        shape = f"[{n}, {t}, {d_in}] to {d_out}, rank {r}"
+        yield Check(
+            "lora_update", ("with a gain" if gain else "") + _dropout(p), shape, 4, make, n == 15 and gain and p > 0
+        )
 
 
 def _networks(small: bool) -> Iterator[Check]:

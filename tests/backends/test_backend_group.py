@@ -104,18 +104,59 @@ def test_inputs_are_not_changed_and_bits_repeat(backend):
     assert all(torch.equal(a, b) for a, b in zip(everything, before, strict=True))
 
 
+def group_of(group, needs):
+    """x, the tensors of each projection, and the projections without echo."""
+    x, each = leaves(group, needs)
+    projections = [
+        Projection(t["weight"], t.get("bias"), t["lora_a"], t["lora_b"], 1.0, t.get("magnitude")) for t in each
+    ]
+    return x, each, projections
+
+
 def test_some_outputs_unused(backend):
     group = cases(backend, ("rank", "output", "adapter_input"))
     found = []
     for name in (backend, "reference"):
-        x, each = leaves(group, ("x", "lora_a"))
-        projections = [
-            Projection(t["weight"], t.get("bias"), t["lora_a"], t["lora_b"], 1.0, t.get("magnitude")) for t in each
-        ]
+        x, each, projections = group_of(group, ("x", "lora_a"))
         ys = echo_lora_linear_group(x, projections, backend=name)
         found.append(torch.autograd.grad(ys[1], [x, each[1]["lora_a"]], group[1].dy))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_an_output_that_no_loss_depends_on_leaves_its_projection_without_gradients(backend):
+    group = cases(backend, sites=(None, None, None), dora=(True, True, False))
+    x, each, projections = group_of(group, ("x", "bias", "lora_a", "lora_b", "magnitude"))
+    ys = echo_lora_linear_group(x, projections, backend=backend)
+    (ys[0].sum() + ys[2].sum()).backward()
+    assert all(tensor.grad is None for tensor in each[1].values())
+    assert all(tensor.grad is not None for n in (0, 2) for name, tensor in each[n].items() if name != "weight")
+
+
+def test_what_no_gradient_needs_is_not_saved(backend):
+    """x with frozen A's, and the weights of an x without gradient: they may be overwritten before the backward pass."""
+    for needs, overwritten in ((("x", "lora_b"), "x"), (("lora_a", "lora_b"), "weight")):
+        group = cases(backend, sites=(None, None, None))
+        x, each, projections = group_of(group, needs)
+        moved = x + 0 if x.requires_grad else x
+        ys = echo_lora_linear_group(moved, projections, backend=backend)
+        wanted = torch.autograd.grad(ys, each[0]["lora_b"], [case.dy for case in group], retain_graph=True)
+        with torch.no_grad():
+            (moved if overwritten == "x" else each[0]["weight"]).zero_()
+        got = torch.autograd.grad(ys, each[0]["lora_b"], [case.dy for case in group])
+        assert torch.equal(got[0], wanted[0])
+
+
+@torch.no_grad()
+def test_without_gradients_no_product_is_stored(backend, monkeypatch):
+    kernels, stored = load(backend), []
+    product = kernels.linear_product
+    monkeypatch.setattr(
+        kernels, "linear_product", lambda *a, **named: stored.append(named["store_z"]) or product(*a, **named)
+    )
+    _, _, projections = group_of(group := cases(backend, sites=(None, None, None), dora=(True,) * 3), ("magnitude",))
+    echo_lora_linear_group(group[0].x, projections, backend=backend)
+    assert stored == [False] * 3
 
 
 def test_bad_arguments_name_the_projection(backend):

@@ -155,6 +155,7 @@ def test_only_an_earlier_export_is_replaced(adapter, echolora, tmp_path, monkeyp
     (("adapter", "--dtype", "float64"), ["dtype", "float64", "bfloat16"]),
     (("adapter", "--model", "/no/such"), ["model", "/no/such"]),
     (("adapter", "--output", "file"), ["output", "file"]),
+    (("adapter", "--output", "/proc/run"), ["output", "/proc", "cannot be written to"]),
 ])  # fmt: skip
 def test_errors_are_one_line(adapter, echolora, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)

@@ -41,6 +41,7 @@ def test_every_gradient_is_compared(cpp):
     gradients = {"dx", "dbias", "dlora_a", "dlora_b", "dmagnitude", "ddelta"}
     assert of("echo_lora_linear") == {"y", *gradients}
     assert {"y0", "y1", "y2", "dlora_a2", "dmagnitude1", "ddelta0", "dx"} <= of("echo_lora_linear_group")
+    assert of("lora_update") == {"y", "dbase", "dx", "dlora_a", "dlora_b", "dgain", "dbias"}
     assert of("echo_networks") == {"delta", "du", "ddown", "dproj_up", "dgate_up", "dgate_bias", "dscale"}
     for operator in backends.LOSSES:
         assert of(operator) == {"losses", "loss_kd", "doff", "don"}
@@ -104,7 +105,7 @@ def test_a_broken_kernel_does_not_end_the_rest(cpp, echolora, monkeypatch, capsy
     monkeypatch.setattr(networks, "forward_pass", fails)
     assert echolora("verify", "--quick", "--backend", "cpp", "--dtype", "float32") == 1
     printed = " ".join(capsys.readouterr().out.split())
-    assert "RuntimeError: out of registers" in printed and "1 of 9 checks FAILED" in printed
+    assert "RuntimeError: out of registers" in printed and "1 of 10 checks FAILED" in printed
 
 
 def test_a_little_noise_is_told_from_a_mistake():

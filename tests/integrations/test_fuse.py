@@ -5,89 +5,14 @@ import pickle
 
 import pytest
 import torch
+from fuse_cases import assert_same, config, every_kind, lora_or_dora, moved, narrow_dtypes, net, results, unfused
 from linear_cases import error_ratios
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
-from tiny import TARGETS, always_on, base_model, batch, echo_model, gradients, peft_model, randomise
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from echolora_kernels import BackendUnavailable, EchoLoRA, FuseReport, fuse, unfuse
-from echolora_kernels.integrations import fused
-
-KINDS = {
-    "lora": {},
-    "dora": {"use_dora": True},
-    "rslora": {"use_rslora": True},
-    "lora_bias": {"lora_bias": True},
-    "pissa": {"init_lora_weights": "pissa"},
-    "olora": {"init_lora_weights": "olora"},
-}
-every_kind = pytest.mark.parametrize("kind", KINDS)
-lora_or_dora = pytest.mark.parametrize("kind", ["lora", "dora"])
-
-
-class Net(nn.Module):
-    """Two adapted linears, and a head for modules_to_save."""
-
-    def __init__(self, d_in=12, d_out=9, bias=True):
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(d_in, d_out, bias), nn.Linear(d_out, d_in), nn.Linear(d_in, 5)
-
-    def forward(self, x):
-        return self.head(self.second(torch.tanh(self.first(x))))
-
-
-def config(kind="lora", r=4, dropout=0.0, **options):
-    return LoraConfig(
-        r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["first", "second"], **KINDS[kind], **options
-    )
-
-
-def net(kind="lora", dtype=torch.float64, adapter_dtype=None, sizes=(12, 9), bias=True, **options):
-    """A PeftModel of `Net` in training mode whose adapter does something."""
-    model = get_peft_model(Net(*sizes, bias), config(kind, **options)).to(dtype)  # PiSSA decomposes in float32 at most
-    for name, parameter in model.named_parameters():
-        if "lora_" in name and adapter_dtype is not None:
-            parameter.data = parameter.data.to(adapter_dtype)
-    return moved(model).train()
-
-
-def moved(model):
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.2)
-            elif "magnitude" in name:
-                parameter.mul_(torch.rand_like(parameter) + 0.5)
-    return model
-
-
-def results(model, x, **arguments):
-    """y and the gradients of x and of every parameter that has one."""
-    model.zero_grad()
-    torch.manual_seed(3)
-    x = x.detach().clone().requires_grad_()
-    y = model(x, **arguments)
-    if y.requires_grad:
-        torch.manual_seed(4)
-        y.backward(torch.randn(y.shape, dtype=torch.float64).to(y.dtype))
-    return {"y": y.detach(), **({} if x.grad is None else {"x": x.grad}), **gradients(model)}
-
-
-def assert_same(got, wanted, tolerance=1e-12):
-    assert got.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert got[name].dtype == value.dtype, name
-        torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The arguments of every call of our operator by a fused layer."""
-    made, operator = [], fused.echo_lora_linear
-    monkeypatch.setattr(fused, "echo_lora_linear", lambda x, **named: made.append(named) or operator(x, **named))
-    return made
+from echolora_kernels import BackendUnavailable, FuseReport, fuse, unfuse
 
 
 @every_kind
@@ -105,12 +30,6 @@ def test_outputs_and_gradients_are_those_of_peft(kind, bias, backend, calls):
         n for n, _ in unfused(model).named_modules()
     ]
     assert_same(results(model.eval(), x[0]), results(unfused(model), x[0]))
-
-
-def unfused(model):
-    model = copy.deepcopy(model)
-    unfuse(model)
-    return model
 
 
 def second_adapter(model, kind="lora"):
@@ -252,16 +171,7 @@ def test_an_adapter_on_new_modules_waits_for_the_next_fuse(calls):
 
 
 @lora_or_dora
-@pytest.mark.parametrize(
-    ("dtype", "adapter_dtype", "autocast"),
-    [
-        (torch.float32, None, False),
-        (torch.bfloat16, None, False),
-        (torch.bfloat16, torch.float32, False),
-        (torch.bfloat16, torch.float32, True),
-    ],
-    ids=["float32", "bfloat16", "float32 on bfloat16", "the same under autocast"],
-)
+@narrow_dtypes
 def test_narrow_dtypes_are_as_near_to_float64_as_peft(dtype, adapter_dtype, autocast, kind, calls):
     """One adapted linear: the largest and the rms error are at most 1.5 times PEFT's."""
     model = net(kind, dtype, adapter_dtype, (320, 256), r=16)
@@ -324,66 +234,6 @@ def test_dropout_has_the_same_statistics(kind, training, calls):
     torch.testing.assert_close(ours.std(0), stock.std(0), rtol=0.08, atol=0)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@lora_or_dora
-def test_gradient_checkpointing(kind, use_reentrant, calls):
-    model = peft_model(dora=kind == "dora").train()
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-
-    def step():
-        model.zero_grad()
-        output = model(**batch_, use_cache=False)
-        output.loss.backward()
-        return {"loss": output.loss.detach(), **gradients(model)}
-
-    batch_ = batch()
-    wanted = step()
-    fuse(model)
-    assert_same(step(), wanted, 1e-10)
-    assert len(calls) == 2 * 6 * len(TARGETS)  # and in the recomputation
-
-
-@lora_or_dora
-@pytest.mark.parametrize("form", ["two-pass", "shared", "packed"])
-@pytest.mark.parametrize("fused_first", [False, True])
-def test_an_echo_on_a_fused_model(kind, form, fused_first, calls):
-    wrapped = echo_model("peft", always_on(step_mode=form), dora=kind == "dora")
-    data = batch()
-
-    def step(model):
-        model.zero_grad()
-        losses = {name: value for name, value in model(**data).items() if name.startswith("loss")}
-        losses["loss"].backward()
-        return {name: value.detach() for name, value in losses.items()} | gradients(model)
-
-    wanted = step(wrapped)
-    assert wanted["loss_kd"] > 0 and any(name.startswith("echo_networks") and g.any() for name, g in wanted.items())
-    if fused_first:
-        networks = wrapped.echo_networks.state_dict()
-        fuse(wrapped.remove())
-        wrapped = EchoLoRA(wrapped.model, wrapped.echo_config).train()
-        wrapped.echo_networks.load_state_dict(networks)
-    else:
-        fuse(wrapped)
-    assert_same(step(wrapped), wanted, 1e-9)
-    assert len(calls) >= 2 * 6 * len(TARGETS)
-
-
-@lora_or_dora
-@pytest.mark.parametrize("whole", [False, True], ids=["layer", "model"])
-def test_compiled(kind, whole):
-    model, x = net(kind), torch.randn(2, 3, 12).double()
-    wanted = results(model, x)
-    fuse(model)
-    if whole:
-        compiled = torch.compile(model)
-        assert_same({n.removeprefix("_orig_mod."): g for n, g in results(compiled, x).items()}, wanted)
-        return
-    layer = model.base_model.model.first
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("way", ["forward mode", "jit", "vmap"])
 def test_what_kernels_cannot_be_seen_through_by(way):
     model, x = net(), torch.randn(2, 3, 12).double()
@@ -399,23 +249,6 @@ def test_what_kernels_cannot_be_seen_through_by(way):
                 dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
                 results_.append(torch.autograd.forward_ad.unpack_dual(model(dual)).tangent)
     torch.testing.assert_close(*results_, rtol=1e-12, atol=1e-12)
-
-
-def test_the_saved_adapter_is_byte_for_byte_peft_s(tmp_path):
-    torch.manual_seed(0)
-    base = base_model(dtype=torch.float32)
-    options = LoraConfig(r=3, target_modules=TARGETS, use_dora=True)
-    model = randomise(get_peft_model(copy.deepcopy(base), options)).eval()
-    model.save_pretrained(str(tmp_path / "stock"))
-    fuse(model, strict=True)
-    model.save_pretrained(str(tmp_path / "fused"))
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "fused" / file).read_bytes() == (tmp_path / "stock" / file).read_bytes()
-    loaded, data = PeftModel.from_pretrained(base, str(tmp_path / "fused")).eval(), batch()
-    with torch.no_grad():
-        torch.testing.assert_close(model(**data).logits, loaded(**data).logits, rtol=1e-4, atol=1e-4)
-        fuse(loaded)
-        assert torch.equal(model(**data).logits, loaded(**data).logits)
 
 
 def test_fuse_twice_and_unfuse():
@@ -494,13 +327,6 @@ def test_an_unsupported_variant_is_skipped_and_stays_right(calls):
     model.set_adapter("mica")
     assert_same(results(model, x), results(unfused(model), x))
     assert not calls
-
-
-def test_blocks_share_a_line_of_the_table():
-    report = fuse(peft_model())
-    lines = str(report).splitlines()
-    assert len(report.fused) == 6 * len(TARGETS) and len(lines) == 1 + len(TARGETS)
-    assert lines[1].split()[:2] == ["fused", "6"] and "layers.*.self_attn.q_proj" in lines[1]
 
 
 def test_what_fuse_refuses():

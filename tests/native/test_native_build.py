@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 needs_compiler = pytest.mark.skipif(
     sys.platform != "linux" or not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler on Linux"
 )
-SOURCES = ("echolora_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+NOT_IN_A_CHECKOUT = ("*.so", "__pycache__", ".*", "build", "dist", "runs", "*.egg-info")
 # what the tests around this one may have set
 PLAIN = dict.fromkeys(
     ("CXX", "ECHOLORA_BUILD", "ECHOLORA_LIBRARY", "ECHOLORA_SANITIZE", "ECHOLORA_BACKEND", "TRITON_INTERPRET")
@@ -36,18 +37,25 @@ print("right")
 """
 
 
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """The source distribution of a copy of this checkout with nothing built."""
+    copy = tmp_path_factory.mktemp("checkout") / "echolora_kernels"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_IN_A_CHECKOUT))
+    code = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=copy, check=True, stdout=subprocess.DEVNULL, env=environment(**PLAIN)
+    )
+    (made,) = (copy / "dist").iterdir()
+    return made
+
+
 @pytest.fixture
-def tree(tmp_path):
-    """A copy of what a source distribution has, with nothing built."""
-    folder = tmp_path / "tree"
-    folder.mkdir()
-    built = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=built)
-        else:
-            shutil.copy(ROOT / name, folder / name)
-    return folder
+def tree(sdist, tmp_path):
+    """What is in the source distribution."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return (tmp_path / sdist.name.removesuffix(".tar.gz")).rename(tmp_path / "tree")
 
 
 def build(tree, *, ends_well=True, **changes):
@@ -89,6 +97,18 @@ def assert_without_library(wheel, folder):
     assert wheel.name.endswith("-py3-none-any.whl") and not libraries(wheel)
     found, why, right = use(wheel, folder, ("reference", None))
     assert (found, right) == ("False", "right") and why.startswith("there is no compiled library at")
+
+
+def test_the_source_distribution_has_all_that_is_kept(tree):
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, text=True, capture_output=True).stdout.split()
+    kept = {name for name in listed if not name.startswith(".")}
+    made = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
+    assert kept <= made
+    assert not {name for name in made - kept if not name.startswith("echolora_kernels.egg-info/")} - {
+        "PKG-INFO", "setup.cfg"
+    }  # fmt: skip
 
 
 @needs_compiler

@@ -84,7 +84,7 @@ def test_a_killed_process_resumes(tmp_path, model_folder, data_file):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "run" / "metrics.json").exists()
-    (tmp_path / "run" / "checkpoints" / "step-000399.unfinished").mkdir()  # as a kill during a save leaves it
+    (tmp_path / "run" / "checkpoints" / ".step-000399.x1y2" / "unfinished").mkdir(parents=True)  # as a kill leaves it
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "resuming after step" in done.stderr

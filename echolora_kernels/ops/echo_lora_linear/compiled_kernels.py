@@ -109,6 +109,27 @@ class CompiledKernels:
         )  # fmt: skip
         return _shaped(y, shape), z if store_z else None
 
+    def expand(
+        self,
+        s: torch.Tensor,
+        lora_b: torch.Tensor,
+        base: torch.Tensor,
+        *,
+        bias: torch.Tensor | None,
+        gain: torch.Tensor | None,
+        in_place: bool,
+        store_z: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """F2 behind a finished product; see `Kernels`."""
+        wide = accumulator_dtype(base.dtype)
+        y = base if in_place else torch.empty_like(base)
+        z = base.clone() if store_z and not self.fused else base  # which is then written to
+        _operators().linear_epilogue.default(
+            s, _thin(lora_b, base.dtype), z, None, _dense(gain, wide), _dense(bias, wide), None, None,
+            y.unsqueeze(0), store_z and not self.fused,
+        )  # fmt: skip
+        return y, z if store_z else None
+
     def linear_forward(
         self,
         x: torch.Tensor,
@@ -235,6 +256,15 @@ class CompiledKernels:
     ) -> torch.Tensor:
         """B3; see `Kernels`."""
         return self._input_product([dy], [weight], [gain], ds, lora_a, dropout)
+
+    def adapter_input_gradient(
+        self, ds: torch.Tensor, lora_a: torch.Tensor, *, dropout: Dropout, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """B3 without its product; see `Kernels`."""
+        dx = ds.new_empty((len(ds), lora_a.shape[1]), dtype=dtype)
+        to = dx.unsqueeze(0)
+        _operators().input_epilogue.default(ds, _thin(lora_a, dtype), None, *_drawn(dropout), False, to)
+        return dx
 
     def group_input_product(
         self,

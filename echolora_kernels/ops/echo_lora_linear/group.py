@@ -20,10 +20,10 @@ from .echo import Echo
 from .kernels import load
 from .passes import Maybe, from_sums, inner_sums, kinds_of
 from .projection import Projection
-from .rows import accumulator_dtype, as_rows
+from .rows import accumulator_dtype, as_rows, without_autocast
 
 _TENSORS = 7  # of one projection, in the order of `_flatten`
-_FIXED = 4  # arguments before them
+_FIXED = 5  # arguments before them
 
 
 def _flatten(p: Projection) -> tuple[torch.Tensor | None, ...]:
@@ -33,89 +33,110 @@ def _flatten(p: Projection) -> tuple[torch.Tensor | None, ...]:
 
 def _stack(
     projections: Sequence[Projection], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Scaled A's [R, K] in S's dtype, and the echoes inside the adapters as rank-space delta [n, R] and their mask."""
-    wide = accumulator_dtype(dtype)
-    stacked = torch.cat([(p.lora_a.to(wide) * p.scaling).to(dtype) for p in projections])
+) -> tuple[torch.Tensor, float, torch.Tensor | None, torch.Tensor | None]:
+    """The A's [R, K] in S's dtype and their scaling; the echoes inside the adapters as rank-space delta [n, R], mask."""
+    wide, scaling = accumulator_dtype(dtype), projections[0].scaling
+    if any(p.scaling != scaling for p in projections):
+        scaling = 1.0
+    factors = [1.0 if p.scaling == scaling else p.scaling for p in projections]
+    stacked = torch.cat(
+        [
+            p.lora_a.to(dtype) if factor == 1.0 else (p.lora_a.to(wide) * factor).to(dtype)
+            for p, factor in zip(projections, factors, strict=True)
+        ]
+    )
     inner = [p.echo for p in projections if p.echo is not None and p.echo.site != "output"]
     if not inner:
-        return stacked, None, None
+        return stacked, scaling, None, None
     deltas = []
-    for p in projections:
+    for p, factor in zip(projections, factors, strict=True):
         if p.echo is None or p.echo.site == "output":
             deltas.append(stacked.new_zeros((len(inner[0].delta), len(p.lora_a)), dtype=wide))
         elif p.echo.site == "rank":
-            deltas.append(p.echo.delta.to(wide) * p.scaling)
+            deltas.append(p.echo.delta.to(wide) * factor)
         else:
-            deltas.append(p.echo.delta.to(wide) @ p.lora_a.to(wide).t() * p.scaling)
-    return stacked, torch.cat(deltas, 1), inner[0].mask
+            deltas.append(p.echo.delta.to(wide) @ p.lora_a.to(wide).t() * factor)
+    return stacked, scaling, torch.cat(deltas, 1), inner[0].mask
 
 
 class EchoLoRALinearGroupFunction(torch.autograd.Function):
-    """Saves what `EchoLoRALinearFunction` saves, with x, the stacked S and the seed once."""
+    """Saves what `EchoLoRALinearFunction` saves, with x, the stacked S and the seed once.
+
+    An output that no loss depends on leaves its projection without gradients, as it would have been alone.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, dropout: Dropout, backend: str, fixed: list[tuple[str, float]], *tensors: Maybe
+        ctx: Any,
+        x: torch.Tensor,
+        dropout: Dropout,
+        backend: str,
+        fixed: list[tuple[str, float]],
+        differentiable: bool,
+        *tensors: Maybe,
     ) -> tuple[torch.Tensor, ...]:
         kernels = load(backend)
         projections = _unflatten(fixed, tensors)
         rows = as_rows(x)
-        with torch.autocast(x.device.type, enabled=False):
-            stacked, delta, mask = _stack(projections, kernels.s_dtype(x.dtype, projections[0].lora_a.dtype))
+        with without_autocast(x):
+            stacked, scaling, delta, mask = _stack(projections, kernels.s_dtype(x.dtype, projections[0].lora_a.dtype))
         site = "none" if delta is None else "rank"
-        s = kernels.shrink(rows, stacked, 1.0, dropout=dropout, site=site, delta=delta, mask=mask)
-        outputs, saved, start = [], [], 0
+        s = kernels.shrink(rows, stacked, scaling, dropout=dropout, site=site, delta=delta, mask=mask)
+        need_x, need_a = ctx.needs_input_grad[0], any(ctx.needs_input_grad[_FIXED + 2 :: _TENSORS])
+        parts = s.split([p.lora_a.shape[0] for p in projections], 1)
+        outputs, saved = [], []
         for index, p in enumerate(projections):
             needs = ctx.needs_input_grad[_FIXED + index * _TENSORS :][:_TENSORS]
             norm = gain = None
             if p.magnitude is not None:
                 norm, gain = kernels.dora_norm(p.weight, p.lora_a, p.lora_b, p.scaling, p.magnitude)
             outer = p.echo if p.echo is not None and p.echo.site == "output" else None
-            stop = start + len(p.lora_a)
             y, z = kernels.linear_product(
                 rows,
                 p.weight,
-                s[:, start:stop],
+                parts[index],
                 p.lora_b,
                 bias=p.bias,
                 gain=gain,
                 delta=None if outer is None else outer.delta,
                 mask=None if outer is None else outer.mask,
                 dropout=dropout,
-                store_z=needs[4],
-                shape=(*x.shape[:-1], len(p.weight)),
+                store_z=differentiable and needs[4],
+                shape=(*x.shape[:-1], p.weight.shape[0]),
             )
             outputs.append(y)
-            saved += [z, norm, gain]
-            start = stop
-        ctx.backend, ctx.fixed, ctx.count = backend, fixed, len(projections)
-        ctx.dropout = dropout.p, dropout.dora
-        ctx.save_for_backward(x, s, dropout.seed, *tensors, *saved)
+            weight, _, lora_a, lora_b, _, *echo = _flatten(p)
+            if p.echo is None or p.echo.site != "adapter_input":
+                lora_a = lora_a if need_x else None
+            saved += [weight if need_x else None, None, lora_a, lora_b, None, *echo, z, norm, gain]
+        ctx.backend, ctx.fixed, ctx.dropout = backend, fixed, (dropout.p, dropout.dora)
+        ctx.kinds = [kinds_of(_flatten(p)) for p in projections]
+        ctx.save_for_backward(x if need_a else None, s, dropout.seed, *saved)
+        ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *dys: Maybe) -> tuple[torch.Tensor | None, ...]:
         kernels = load(ctx.backend)
-        x, s, seed, *rest = ctx.saved_tensors
-        tensors, saved = rest[: ctx.count * _TENSORS], rest[ctx.count * _TENSORS :]
-        projections = _unflatten(ctx.fixed, tensors)
-        needs = [ctx.needs_input_grad[_FIXED + i * _TENSORS :][:_TENSORS] for i in range(ctx.count)]
+        x, s, seed, *saved = ctx.saved_tensors
+        count = len(ctx.kinds)
+        each = [saved[i * (_TENSORS + 3) :][: _TENSORS + 3] for i in range(count)]
+        projections = _unflatten(ctx.fixed, [tensor for tensors in each for tensor in tensors[:_TENSORS]])
+        needs = [ctx.needs_input_grad[_FIXED + i * _TENSORS :][:_TENSORS] for i in range(count)]
         dropout = Dropout(ctx.dropout[0], seed, ctx.dropout[1])
-        need_x, need_a = ctx.needs_input_grad[0], any(need[2] for need in needs)
-        gradients: list[list[Maybe]] = []
+        used = [index for index, dy in enumerate(dys) if dy is not None]
+        need_x, need_a = ctx.needs_input_grad[0], any(needs[index][2] for index in used)
+        gradients: list[list[Maybe]] = [[None] * _TENSORS for _ in range(count)]
         ds: list[Maybe] = []
-        start = 0
-        for p, need, dy, z, norm, gain in zip(
-            projections, needs, dys, saved[0::3], saved[1::3], saved[2::3], strict=True
-        ):
-            stop = start + len(p.lora_a)
+        parts = s.split([p.lora_b.shape[1] for p in projections], 1)
+        for index in used:
+            p, need, kinds, (z, norm, gain) = projections[index], needs[index], ctx.kinds[index], each[index][_TENSORS:]
             mask, site = (None, "output") if p.echo is None else (p.echo.mask, p.echo.site)
             inner_delta = need[5] and site != "output"
             sums = kernels.adapter_backward(
-                as_rows(dy),
-                s[:, start:stop],
+                as_rows(dys[index]),
+                parts[index],
                 p.lora_b,
                 p.scaling,
                 gain=gain,
@@ -127,25 +148,22 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
                 need_gain=need[4],
                 need_delta=need[5] and not inner_delta,
             )
-            kinds = kinds_of(_flatten(p))[1:6]
-            dbias, db, dmagnitude, ddelta = from_sums(sums, p.lora_a, mask, norm, site, kinds, inner_delta)
-            start = stop
             ds.append(sums.ds)
-            gradients.append([None, dbias, None, db, dmagnitude, ddelta, None])
-        stacked_ds: Maybe = torch.cat(ds, 1) if need_x or need_a else None
+            dbias, db, dmagnitude, ddelta = from_sums(sums, p.lora_a, mask, norm, site, kinds[1:6], inner_delta)
+            gradients[index] = [None, dbias, None, db, dmagnitude, ddelta, None]
+        members = [projections[index] for index in used]
+        stacked_ds: Maybe = torch.cat(ds, 1) if used and (need_x or need_a) else None
         if need_a:
             da = kernels.lora_a_backward(as_rows(x), stacked_ds, dropout=dropout, dtype=accumulator_dtype(s.dtype))
-            for p, need, d, own, part in zip(
-                projections, needs, ds, gradients, da.split([len(p.lora_a) for p in projections]), strict=True
-            ):
-                if need[2]:
-                    own[2] = _with_echo(part, p, d).to(p.lora_a.dtype)
+            for index, p, d, part in zip(used, members, ds, da.split([d.shape[1] for d in ds]), strict=True):
+                if needs[index][2]:
+                    gradients[index][2] = _with_echo(part, p, d).to(ctx.kinds[index][2][1])
         dx = None
-        if need_x:
-            dx = kernels.group_input_product(
-                [as_rows(dy) for dy in dys], projections, ds, stacked_ds, gains=saved[2::3], dropout=dropout
-            ).view(x.shape)
-        return dx, None, None, None, *(gradient for own in gradients for gradient in own)
+        if used and need_x:
+            rows, gains = [as_rows(dys[index]) for index in used], [each[index][-1] for index in used]
+            dx = kernels.group_input_product(rows, members, ds, stacked_ds, gains=gains, dropout=dropout)
+            dx = dx.view(*dys[used[0]].shape[:-1], dx.shape[-1])
+        return dx, *[None] * (_FIXED - 1), *(gradient for own in gradients for gradient in own)
 
 
 def _unflatten(fixed: list[tuple[str, float]], tensors: Sequence[Maybe]) -> list[Projection]:
@@ -186,7 +204,7 @@ def echo_lora_linear_group(
     dropout = Dropout.draw(dropout_p, x.device, dora_dropout)
     masks = {id(p.echo.mask) for p in projections if p.echo is not None and p.echo.site != "output"}
     together = (
-        sum(len(p.lora_a) for p in projections) <= load(backend).max_rank
+        sum(p.lora_a.shape[0] for p in projections) <= load(backend).max_rank
         and len(masks) <= 1
         and not any(weight.requires_grad for weight in weights)
         and math.prod(x.shape[:-1]) > 0
@@ -196,4 +214,4 @@ def echo_lora_linear_group(
         return tuple(apply(backend, x, weight, p, dropout) for p, weight in zip(projections, weights, strict=True))
     fixed = [("output" if p.echo is None else p.echo.site, float(p.scaling)) for p in projections]
     tensors = [t for p, weight in zip(projections, weights, strict=True) for t in (weight, *_flatten(p)[1:])]
-    return EchoLoRALinearGroupFunction.apply(x, dropout, backend, fixed, *tensors)
+    return EchoLoRALinearGroupFunction.apply(x, dropout, backend, fixed, torch.is_grad_enabled(), *tensors)

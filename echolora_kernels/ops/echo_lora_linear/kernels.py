@@ -112,6 +112,28 @@ class Kernels(Protocol):
             y, and z [M, N], whole or without S B^T, or None: contiguous, in x's dtype.
         """
 
+    def expand(
+        self,
+        s: torch.Tensor,
+        lora_b: torch.Tensor,
+        base: torch.Tensor,
+        *,
+        bias: torch.Tensor | None,
+        gain: torch.Tensor | None,
+        in_place: bool,
+        store_z: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """F2 behind a finished product: ``y = g z + bias`` with ``z = base + S B^T``.
+
+        Args:
+            s: [M, r], unit stride. lora_b: [N, r]. base: [M, N], contiguous.
+            bias, gain: [N] or None; gain is contiguous.
+            in_place: write y into base. store_z: as in `linear_product`; never with in_place.
+
+        Returns:
+            y, [M, N], and z or None: contiguous, in base's dtype. Where `fused`, z is base itself.
+        """
+
     def linear_forward(
         self,
         x: torch.Tensor,
@@ -228,6 +250,15 @@ class Kernels(Protocol):
             dy: [n, T, N], also expanded; never written. weight: [N, K]. lora_a: [r, K].
             ds: [M, r], as `adapter_backward` returned it.
             dropout: as `shrink` got it. gain: [N] or None.
+        """
+
+    def adapter_input_gradient(
+        self, ds: torch.Tensor, lora_a: torch.Tensor, *, dropout: Dropout, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """B3 without its product: ``drop'(dS A)``, [M, K], contiguous, in `dtype`, which is x's.
+
+        Args:
+            ds: [M, r], as `adapter_backward` returned it. lora_a: [r, K]. dropout: as `shrink` got it.
         """
 
     def group_input_product(

@@ -279,6 +279,7 @@ def linear(
     shape: tuple[int, ...] | None = None,
     base: torch.Tensor | None = None,
     contract: bool = True,
+    out: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """F2: ``y = g z + bias + mask delta`` with ``z = x W0^T + S B^T``.
@@ -294,6 +295,7 @@ def linear(
         shape: of y; None is [n * T, N]. autograd wants a result that is no view.
         base: x W0^T, [n * T, N], contiguous, where the vendor's GEMM computed it; becomes z where that is stored.
         contract: False leaves x W0^T out of z, for the vendor's GEMM to add.
+        out: where y goes, contiguous, maybe base; None makes it.
         tile: launch config; None chooses.
 
     Returns:
@@ -307,7 +309,7 @@ def linear(
     added = base is not None or not contract
     load = configs.forward_load(gain is not None, delta is not None, two_products, added)
     tile = tile or configs.matmul_tile(rows.total, d_out, x.dtype, device_of(x), load)
-    y = x.new_empty(shape or (rows.total, d_out))
+    y = x.new_empty(shape or (rows.total, d_out)) if out is None else out
     z = None
     if store_z:
         z = x.new_empty((rows.total, d_out)) if base is None else base

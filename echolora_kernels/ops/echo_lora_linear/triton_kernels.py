@@ -9,11 +9,13 @@ from .configs import MAX_RANK
 from .launch import want_runnable
 from .triton_backward_launch import adapter_backward, lora_a_backward
 from .triton_forward import shrink
-from .triton_products import group_input_product, input_product, linear_product
+from .triton_products import adapter_input_gradient, expand, group_input_product, input_product, linear_product
 
 __all__ = [
     "adapter_backward",
+    "adapter_input_gradient",
     "dora_norm",
+    "expand",
     "fused",
     "group_input_product",
     "input_product",

@@ -65,6 +65,34 @@ def linear_product(
     return y, None
 
 
+def expand(
+    s: torch.Tensor,
+    lora_b: torch.Tensor,
+    base: torch.Tensor,
+    *,
+    bias: torch.Tensor | None,
+    gain: torch.Tensor | None,
+    in_place: bool,
+    store_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """F2 behind a finished product, base, which only `store_z` has to copy; arguments as `Kernels` says."""
+    product = base.clone() if store_z else base
+    out = base if in_place else None
+    # nothing is contracted, so x and weight say no more than the sizes
+    return linear(
+        base.unsqueeze(0), lora_b, s, lora_b, bias=bias, gain=gain, dropout=Dropout(), store_z=store_z, base=product,
+        out=out,
+    )  # fmt: skip
+
+
+def adapter_input_gradient(
+    ds: torch.Tensor, lora_a: torch.Tensor, *, dropout: Dropout, dtype: torch.dtype
+) -> torch.Tensor:
+    """B3 without its product; dS comes as wide as it was summed, and is rounded to x's dtype."""
+    ds = ds.to(dtype)
+    return input_backward(ds.unsqueeze(0), lora_a, ds, lora_a, dropout=dropout, contract=False)
+
+
 def input_product(
     dy: torch.Tensor,
     weight: torch.Tensor,
