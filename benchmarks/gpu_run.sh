@@ -36,7 +36,8 @@ while (($#)); do
     shift 2
 done
 [[ $OUTPUT ]] || refuse "--output: got none, wants a folder"
-[[ $MINUTES =~ ^[0-9]+$ && $MINUTES -gt 0 ]] || refuse "--minutes: got '$MINUTES', wants a whole number above 0"
+[[ $MINUTES =~ ^[0-9]+(\.[0-9]+)?$ ]] || refuse "--minutes: got '$MINUTES', wants a number"
+TOTAL=$(awk "BEGIN { printf \"%d\", $MINUTES * 60 }") # seconds
 for part in ${PARTS//,/ }; do [[ ,$ALL, == *,$part,* ]] || refuse "--part: got '$part', wants some of $ALL"; done
 [[ ! $WHEELS || -d $WHEELS ]] || refuse "--wheels: got '$WHEELS', wants a folder"
 [[ ${MODEL:+x} == "${DATA:+x}" ]] || refuse "--model and --data: wants both or neither"
@@ -63,9 +64,9 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFF
 [[ -d /usr/local/cuda/bin ]] && PATH=$PATH:/usr/local/cuda/bin
 cd "$ROOT" || exit 2
 
-left() { echo $((MINUTES * 60 - (SECONDS - BEGUN))); }
+left() { echo $((TOTAL - (SECONDS - BEGUN))); }
 box() { # percent of the whole -> seconds, at most what is left
-    local seconds=$((MINUTES * 60 * $1 / 100))
+    local seconds=$((TOTAL * $1 / 100))
     ((seconds <= $(left))) || seconds=$(left)
     echo "$seconds"
 }
@@ -117,9 +118,24 @@ if [[ $WHEELS ]]; then
         --target "$WORK/site" "$WHEELS"/*.whl && export PYTHONPATH=$ROOT:$WORK/site${PYTHONPATH#"$ROOT"}
 fi
 command -v nvidia-smi >/dev/null && nvidia-smi >"$LOGS/nvidia-smi.txt" 2>&1
-if has typer && has rich; then
-    job doctor "$(box 6)" "$PYTHON" -c 'from echolora_kernels.cli.doctor import _facts, _text; print("\n".join(_text(_facts())))'
-fi
+"$PYTHON" - >"$LOGS/environment.txt" 2>&1 <<'END'
+import importlib.metadata, platform
+
+import torch
+
+from echolora_kernels import __version__, backends
+from echolora_kernels.environment import variables_set
+
+devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+print("devices:", ", ".join(f"{d.name}, {d.total_memory / 2**30:.0f} GiB" for d in devices) or f"none ({platform.machine()})")
+print(f"echolora_kernels {__version__}, python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+for name in ("triton", "peft", "transformers", "pytest"):
+    try:
+        print(name, importlib.metadata.version(name), end="; ")
+    except importlib.metadata.PackageNotFoundError:
+        print("no", name, end="; ")
+print("before the build:", backends.availability(), variables_set())
+END
 
 LIBRARY=$ROOT/build/gpu_run/echolora_kernels/_native.so
 if [[ $BUILD == 1 ]]; then # beside the smoke part, which does not need it
@@ -207,7 +223,7 @@ if wanted tests; then
     if ! has pytest; then
         note tests "skipped: pytest is not installed" 0 ''
     else
-        PYTEST=("$PYTHON" -m pytest -q -ra -p no:cacheprovider --continue-on-collection-errors)
+        PYTEST=(env -u ECHOLORA_TUNED "$PYTHON" -m pytest -q -ra -p no:cacheprovider --continue-on-collection-errors)
         has xdist && [[ $DRY == 0 ]] && PYTEST+=(-n "$(($(nproc) > 16 ? 8 : ($(nproc) + 1) / 2))")
         job tests-gpu "$(box 14)" "${PYTEST[@]}" tests/triton/test_triton_gpu.py -m gpu -k 'not compute_sanitizer'
         if [[ $DRY == 1 ]]; then
@@ -237,7 +253,7 @@ if wanted accuracy; then
 fi
 if wanted sanitizer; then
     if has pytest && command -v compute-sanitizer >/dev/null && [[ $DRY == 0 ]]; then
-        job sanitizer "$(left)" "$PYTHON" -m pytest -q -ra -p no:cacheprovider tests/triton/test_triton_gpu.py -k compute_sanitizer
+        job sanitizer "$(left)" env -u ECHOLORA_TUNED "$PYTHON" -m pytest -q -ra -p no:cacheprovider tests/triton/test_triton_gpu.py -k compute_sanitizer
     else
         note sanitizer "skipped: it wants pytest, compute-sanitizer and a GPU" 0 ''
     fi

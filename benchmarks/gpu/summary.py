@@ -92,6 +92,7 @@ def ratios(logs: Path) -> Iterator[str]:
 def main() -> None:
     logs, tuned = map(Path, sys.argv[1:])
     sections = {
+        "environment": lambda: (f"  {line}"[:240] for line in (logs / "environment.txt").read_text().splitlines()),
         "parts (log in logs.tar.gz)": lambda: parts(logs),
         "checks and tests": lambda: counts(logs),
         "failures": lambda: failures(logs),

@@ -7,7 +7,13 @@ import typer
 from ..tuning.command import main
 from .show import progress
 
-SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}  # its options are those of `tuning.command`
+# its options are those of `tuning.command`, which reads them without typer
+SETTINGS = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "allow_interspersed_args": False,
+    "help_option_names": [],
+}
 
 
 def tune(context: typer.Context) -> None:

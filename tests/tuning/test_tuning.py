@@ -11,7 +11,13 @@ import pytest
 import torch
 from linear_cases import why_not
 
-from echolora_kernels.ops.echo_lora_linear import candidates, triton_backward_launch, triton_forward, triton_products
+from echolora_kernels.ops.echo_lora_linear import (
+    candidates,
+    triton_backward_launch,
+    triton_descriptors,
+    triton_forward,
+    triton_products,
+)
 from echolora_kernels.ops.echo_lora_linear.candidates import Entry, Problem, choose, table_for
 from echolora_kernels.ops.echo_lora_linear.configs import Device
 from echolora_kernels.tuning import command, run, shapes, table, timing, ways
@@ -25,6 +31,8 @@ LLAMA = Problem("forward", 8192, 4096, 4096, 16, "bfloat16", "sm_90")
 TINY = Problem("forward", 24, 40, 32, 4, "float16", "cpu")
 DRY = ("--dry-run", "--method", "lora", "--shapes", "smollm2-135m")
 
+MODULES = (triton_forward, triton_backward_launch, triton_descriptors, triton_products)
+
 needs_triton = pytest.mark.skipif(why_not("triton") is not None, reason=f"triton: {why_not('triton')}")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -33,7 +41,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 def launched(monkeypatch):
     """(kernel, tile) of each launch."""
     taken = []
-    for module in (triton_forward, triton_backward_launch):
+    for module in MODULES[:-1]:
 
         def record(kernel, grid, device, tile, original=module.run, **arguments):
             taken.append((kernel.fn.__name__, tile))
@@ -79,20 +87,24 @@ def test_the_ways_of_a_product_on_hopper():
     assert not any("descriptor" in way for way in thick)
 
 
+@interpreted
 @needs_triton
+@pytest.mark.parametrize("of", [CPU, H100], ids=["cpu", "sm_90"])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("product", ["forward", "input-gradient"])
-def test_each_way_is_what_it_says_and_is_right(launched, product, dora):
+def test_each_way_is_what_it_says_and_is_right(launched, monkeypatch, product, dora, of):
+    for module in MODULES:
+        monkeypatch.setattr(module, "device_of", lambda _: of)
     problem = replace(TINY, product=product, dora=dora)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    of = CPU if device.type == "cpu" else H100
-    arguments = Product(problem, device)
+    arguments, kernels = Product(problem, torch.device("cpu")), set()
     for way in ways.ways(problem, of):
         launched.clear()
         assert arguments.error(way) <= 1.5, way
         (name, tile), kernel = launched[-1], way.tile.partition("/")[0]
         assert tile == candidates.TILES[kernel, "half"][way.tile.partition("/")[2]]
         assert ("descriptor" in name) == (kernel == "descriptor")
+        kernels.add(kernel)
+    assert ("descriptor" in kernels) == (of is H100 and not (dora and product == "input-gradient"))
 
 
 @needs_triton
