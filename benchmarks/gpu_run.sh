@@ -37,7 +37,7 @@ while (($#)); do
 done
 [[ $OUTPUT ]] || refuse "--output: got none, wants a folder"
 [[ $MINUTES =~ ^[0-9]+(\.[0-9]+)?$ ]] || refuse "--minutes: got '$MINUTES', wants a number"
-TOTAL=$(awk "BEGIN { printf \"%d\", $MINUTES * 60 }") # seconds
+TOTAL=$(awk "BEGIN { printf \"%d\", $MINUTES * 58 }") # seconds, less what stopping a part takes
 for part in ${PARTS//,/ }; do [[ ,$ALL, == *,$part,* ]] || refuse "--part: got '$part', wants some of $ALL"; done
 [[ ! $WHEELS || -d $WHEELS ]] || refuse "--wheels: got '$WHEELS', wants a folder"
 [[ ${MODEL:+x} == "${DATA:+x}" ]] || refuse "--model and --data: wants both or neither"

@@ -61,4 +61,4 @@ def test_a_part_is_stopped_by_its_box(tmp_path):
     python.write_text(f'#!/bin/sh\ncase "$*" in *smoke.py*) exec sleep 100 ;; esac\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     done = run("--dry", "--no-build", "--output", tmp_path, "--python", python, "--part", "smoke", "--minutes", "0.5")
-    assert done.returncode == 0 and "stopped after 12 s" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "stopped after 11 s" in done.stdout, done.stdout + done.stderr
