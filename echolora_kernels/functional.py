@@ -28,7 +28,7 @@ def echo_lora_linear(
 ) -> torch.Tensor:
     """Linear layer with a LoRA or DoRA update and an optional echo.
 
-    With ``x~ = drop(x)`` and ``E = mask * delta`` (zero where no echo is given)::
+    With ``x~ = drop(x)`` and ``E = mask * delta`` (zero where no echo is given):
 
         LoRA, site "output"         y = W0 x + bias + s B A x~ + E
         LoRA, site "adapter_input"  y = W0 x + bias + s B A (x~ + E)

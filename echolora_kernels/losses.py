@@ -23,7 +23,7 @@ def echo_distillation(
 ) -> EchoLosses:
     """Cross-entropy of the OFF and ON branches and the distillation of ON into OFF.
 
-    Over Q, the positions t whose label at t + 1 is not -100 (docs/method.md "Formulas"; masks P, form R)::
+    Over Q, the positions t whose label at t + 1 is not -100 (docs/method.md "Formulas"; masks P, form R):
 
         L_off = mean CE(logits_off)        L_on = mean CE(logits_on)
         L_kd  = tau^2 mean KL( softmax(logits_on / tau) || softmax(logits_off / tau) )

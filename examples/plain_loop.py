@@ -1,4 +1,9 @@
-"""Echo-LoRA in a training loop of your own: a small random Llama, PEFT adapters, ten steps. Runs in seconds on a CPU."""
+"""Echo-LoRA in a training loop of your own: a small random Llama, PEFT adapters, ten steps. Runs in seconds on a CPU.
+
+python examples/plain_loop.py
+
+The adapter is written to runs/plain_loop_adapter.
+"""
 
 import torch
 from peft import LoraConfig, get_peft_model

@@ -1,6 +1,8 @@
 """Echo-LoRA in several processes, each with its own samples; the adapter is written once.
 
 torchrun --nproc-per-node 2 examples/several_processes.py [ddp|fsdp2]
+
+Runs in seconds on a CPU. The adapter is written to runs/several_processes_adapter.
 """
 
 import sys

@@ -1,4 +1,9 @@
-"""Echo-LoRA in transformers' Trainer: a small random Llama, PEFT adapters, ten steps. Runs in seconds on a CPU."""
+"""Echo-LoRA in transformers' Trainer: a small random Llama, PEFT adapters, ten steps. Runs in seconds on a CPU.
+
+python examples/trainer.py
+
+Checkpoints are written to runs/trainer, the adapter to runs/trainer_adapter.
+"""
 
 import torch
 from peft import LoraConfig, get_peft_model

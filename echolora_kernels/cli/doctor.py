@@ -27,8 +27,6 @@ def doctor(
     """Say what runs here and why, and test it in less than a minute: text to paste into a bug report.
 
     Exit status 1 where the self-test, which is the quick part of echolora verify, does not pass.
-
-    Example: echolora doctor > report.txt
     """
     facts = _facts()
     if not json_output:

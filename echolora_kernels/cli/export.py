@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 from typer import Argument, Option
 
 from ..integrations.versions import want_supported
-from .show import interruptible, quiet_libraries
+from .show import RunDisplay, interruptible, quiet_libraries
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -22,12 +23,11 @@ def export(
     merged: Annotated[bool, Option("--merged", help="Write the merged model and its tokenizer instead of the adapter.")] = False,
     dtype: Annotated[str, Option(help=f"Of the model and of merged weights: {', '.join(_DTYPES)}.")] = _DTYPES[0],
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier export in --output.")] = False,
+    json_output: Annotated[bool, Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:  # fmt: skip
     """Write a trained adapter on its own, or merged into its base model, checked against base and adapter.
 
     Whatever goes wrong, --output is left as it was.
-
-    Example: echolora export runs/family --merged --dtype bfloat16 --output models/family
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, wants one of {', '.join(_DTYPES)}")
@@ -35,9 +35,15 @@ def export(
     want_supported("peft")
     from ..integrations.export import TOLERANCES, export_adapter  # loads transformers: not for --help
 
-    with interruptible():
-        chosen = getattr(torch, dtype)
-        done = export_adapter(adapter, output, model=model, merged=merged, dtype=chosen, overwrite=overwrite)
+    chosen = getattr(torch, dtype)
+    with interruptible(), RunDisplay() as display:
+        done = export_adapter(
+            adapter, output, model=model, merged=merged, dtype=chosen, overwrite=overwrite, stage=display.stage
+        )
+    if json_output:
+        facts = {"folder": str(done.folder), "bytes": done.size, "logit_difference": done.difference}
+        typer.echo(json.dumps(facts, indent=2))
+        return
     typer.echo(f"{done.folder}: {_size(done.size)}")
     if done.difference is None:
         typer.echo("a copy of the adapter, which fits the base model and loads")

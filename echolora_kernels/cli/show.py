@@ -11,7 +11,9 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 from ..training.loop import StepRecord
 
@@ -19,16 +21,34 @@ _LINES = 20  # lines that a whole run prints where there is no terminal to draw 
 
 
 class RunDisplay:
-    """Progress bars on standard error, so that standard output stays free for results."""
+    """Progress bars on standard error, so that standard output stays free for results; to be used in a `with`."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
+        self._spinner: Status | None = None
+
+    def __enter__(self) -> RunDisplay:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end_stage()
 
     def stage(self, text: str) -> None:
-        self._console.print(f"[dim]{text}[/dim]", highlight=False)
+        """A line for each part of the work; on a terminal something turns under it until the next begins."""
+        self._end_stage()
+        self._console.print(Text(text, style="dim"), soft_wrap=True)
+        if self._console.is_terminal:
+            self._spinner = self._console.status("")
+            self._spinner.start()
+
+    def _end_stage(self) -> None:
+        if self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None
 
     @contextmanager
     def batches(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
+        self._end_stage()
         with self._bar() as bar:
             task = bar.add_task(text, total=total)
             yield lambda done: bar.update(task, completed=done)
@@ -38,6 +58,7 @@ class RunDisplay:
     def training(self, records: Iterator[StepRecord], total: int, done: int) -> Iterable[StepRecord]:
         if done:
             self.stage(f"resuming after step {done}")
+        self._end_stage()
         every = max(total // _LINES, 1)
         with self._bar("{task.fields[text]}") as bar:
             task = bar.add_task("training", total=total, completed=done, text="")

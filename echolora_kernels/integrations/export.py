@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def export_adapter(
     merged: bool = False,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
+    stage: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Write an adapter, or the model with the adapter merged into it, to `output`.
 
@@ -88,6 +90,7 @@ def export_adapter(
         model: the base model as `load_model` takes it; None for the one that the adapter names.
         merged: write the merged model and its tokenizer instead of the adapter.
         dtype: of the model, and so of merged weights. overwrite: replace an earlier export in `output`.
+        stage: told about each part of the work as it begins.
 
     Raises:
         FileNotFoundError, AdapterMismatch, OSError: there is no such adapter or model, or they do not fit.
@@ -99,6 +102,7 @@ def export_adapter(
     where = resolve_model(spec)
     output = Path(output).expanduser().resolve()
     _want_replaceable(output, overwrite, [Path(source).expanduser(), adapter, Path(where), Path.cwd()])
+    stage(f"loading {spec}")
     base, tokenizer = load_model(spec, dtype=dtype)
     adapted = get_peft_model(base, PeftConfig.from_pretrained(str(adapter)))
     load_adapter(adapted, adapter)
@@ -112,11 +116,13 @@ def export_adapter(
                         raise OSError(f"output: the copy of {adapter / name} differs from it")
             difference = None
         else:
+            stage("merging and writing")
             inputs = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
             wanted = _logits(adapted, inputs)
             adapted.merge_and_unload().save_pretrained(unfinished)
             AutoTokenizer.from_pretrained(where).save_pretrained(unfinished)
             del base, adapted  # one model at a time
+            stage("loading what was written, and comparing")
             again, _ = load_model(str(unfinished), dtype=dtype)
             difference = float((_logits(again, inputs) - wanted).abs().max() / wanted.abs().max())
             most = TOLERANCES[dtype]

@@ -20,7 +20,8 @@ class FuseReport:
     Attributes:
         fused: names of the layers that our operators compute.
         skipped: name of each LoRA layer or adapter that PEFT goes on computing -> why.
-        grouped: names of those fused layers that are computed together, since their parent calls them with one input.
+        grouped: names of those fused layers that their parent calls with one input: computed together where that pays
+            and changes nothing (docs/python.md "PEFT models").
     """
 
     fused: tuple[str, ...]

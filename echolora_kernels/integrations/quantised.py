@@ -22,6 +22,10 @@ _BASES = {
     "peft.tuners.lora.torchao.TorchaoLoraLinear": ("torch.nn.modules.linear.Linear",),
 }
 _CHUNK = 1 << 22  # elements of a weight that are dequantised at a time
+_REPACKED = (
+    "bitsandbytes has repacked a 4-bit weight for inference on CPUs, and knows neither gradient nor value of it: load the "
+    "model again, and set support_avx512bf16_for_cpu to False on its Linear4bit layers before evaluating it"
+)
 
 
 def is_quantised(module: Any) -> bool:
@@ -71,13 +75,10 @@ def quantised_forward(
         overwrite_base: whether nobody else gets to see what the base layer returns.
 
     Raises:
-        RuntimeError: bitsandbytes has no gradient of x any more.
+        RuntimeError: bitsandbytes has repacked the weight, and x wants a gradient.
     """
     if x.requires_grad and torch.is_grad_enabled() and _repacked(module.base_layer):
-        raise RuntimeError(
-            "bitsandbytes has repacked a 4-bit weight for inference on CPUs, and knows no gradient through it: load the "
-            "model again, and set support_avx512bf16_for_cpu to False on its Linear4bit layers before evaluating it"
-        )
+        raise RuntimeError(_REPACKED)
     lora_b, scaling, dropout = module.lora_B[name], module.scaling[name], module.lora_dropout[name]
     base, gain = module.base_layer(x), None
     bias = None if lora_b.bias is None else scaling * lora_b.bias
@@ -112,8 +113,14 @@ def quantised_gain(module: Any, name: str) -> torch.Tensor:
 
 @torch.no_grad()
 def dequantised_rows(base: Any, chunk: int = _CHUNK) -> Iterator[torch.Tensor]:
-    """The weight of a quantised layer, some whole rows at a time: at most `chunk` elements, where rows allow it."""
+    """The weight of a quantised layer, some whole rows at a time: at most `chunk` elements, where rows allow it.
+
+    Raises:
+        RuntimeError: bitsandbytes cannot dequantise it any more.
+    """
     kind = type(base.weight).__name__
+    if _repacked(base):
+        raise RuntimeError(_REPACKED)
     if kind == "Params4bit":
         yield from _rows_of_4bit(base.weight, chunk)
     elif kind == "Int8Params":

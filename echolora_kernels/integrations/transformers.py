@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 CACHE_VARIABLE = "ECHOLORA_CACHE"
 PACKAGE_PREFIX = "package:"
 
 
 def load_model(
-    spec: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    spec: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", quantize: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer.
 
@@ -26,14 +32,17 @@ def load_model(
         spec: a local folder with safetensors weights, a .gguf file, "package:NAME" for the one GGUF file inside an
             installed Python package, or a hub name.
         dtype: of the weights. device: where they go.
+        quantize: "nf4" or "int8", as which bitsandbytes stores the linears but the output head; None for none.
 
     Raises:
+        ModuleNotFoundError: bitsandbytes is wanted and not there.
         FileNotFoundError: a path that does not exist, or a package without a GGUF file.
         OSError: a hub name that cannot be resolved; the message says what to do.
     """
+    options = {} if quantize is None else _quantised(quantize, dtype, device)
     source = resolve_model(spec)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)  # no pickles
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except OSError as error:
         if Path(source).is_dir():
@@ -47,8 +56,31 @@ def load_model(
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.to(torch.device(device))
+    if quantize is None:
+        model.to(torch.device(device))
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # for inference alone: the weight would have no gradient then
+            module.support_avx512bf16_for_cpu = False
     return model, tokenizer
+
+
+def _quantised(kind: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """What from_pretrained is told besides."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(
+            f"quantize: got {kind!r}, which takes bitsandbytes; pip install 'echolora-kernels[quantized]'",
+            name="bitsandbytes",
+        )
+    if kind == "nf4":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def resolve_model(spec: str) -> str:

@@ -100,6 +100,10 @@ def train(
     output = Path(output)
     want_counts(save_every=save_every, keep=keep, eval_batch_size=eval_batch_size, max_new_tokens=max_new_tokens)
     device = _device(settings.device)
+    if device == "cpu" and settings.quantize == "int8" and settings.uses_dora:
+        raise ValueError(
+            f"quantize: got 'int8' with {settings.method} on a CPU, where PEFT cannot evaluate it; wants nf4, or no DoRA"
+        )
     processes = Processes(device)
     observer = observer if processes.first else Unwatched()
     earlier = processes.from_first(lambda: _earlier_run(output, settings, resume, overwrite))
@@ -118,7 +122,7 @@ def train(
         seed=settings.seed,
     )
     observer.stage(f"loading {settings.model}")
-    base, tokenizer = load_model(settings.model, dtype=dtype, device=device)
+    base, tokenizer = load_model(settings.model, dtype=dtype, device=device, quantize=settings.quantize)
     samples, too_long = encode(tokenizer, questions, settings.max_length)
     if too_long:
         observer.stage(f"left out {too_long} of {len(questions)} questions longer than {settings.max_length} tokens")
@@ -227,7 +231,8 @@ def reload_difference(
 ) -> float:
     """Largest logit difference between the trained model and a fresh one with the saved adapter, by PEFT alone."""
     batch = {key: value.to(device) for key, value in collate(samples, tokenizer.pad_token_id).items()}
-    fresh = PeftModel.from_pretrained(load_model(settings.model, dtype=dtype, device=device)[0], str(adapter)).eval()
+    base, _ = load_model(settings.model, dtype=dtype, device=device, quantize=settings.quantize)
+    fresh = PeftModel.from_pretrained(base, str(adapter)).eval()
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     return float((trained.eval()(**inputs).logits - fresh(**inputs).logits).abs().max())
 

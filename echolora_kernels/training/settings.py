@@ -13,6 +13,7 @@ from ..method.config import EchoConfig
 
 METHODS = ("lora", "dora", "echo-lora", "echo-dora")
 DTYPES = ("float32", "bfloat16")
+QUANTISATIONS = ("nf4", "int8")
 ALL_LINEAR = "all-linear"
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
@@ -50,6 +51,7 @@ class TrainSettings:
         seed: of data, initial values, dropout and routing.
         fuse: whether the adapters' linears run through our operators while training, or through PEFT's.
         dtype: "float32", or "bfloat16" for the frozen weights and autocast (adapters stay float32).
+        quantize: "nf4" or "int8", as which bitsandbytes stores the frozen linears but the output head; None for `dtype`.
         device: "cpu", "cuda", "cuda:N" or "auto".
         echo: choices of the method; `total_steps` and `seed` are taken from this run.
     """
@@ -76,12 +78,15 @@ class TrainSettings:
     seed: int = 0
     fuse: bool = True
     dtype: str = "float32"
+    quantize: str | None = None
     device: str = "auto"
     echo: EchoConfig = field(default_factory=EchoConfig)
 
     def __post_init__(self) -> None:
         want(lambda value: value in METHODS, f"one of {', '.join(METHODS)}", method=self.method)
         want(lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}", dtype=self.dtype)
+        quantisations = f"one of {', '.join(QUANTISATIONS)}, or None"
+        want(lambda value: value in (None, *QUANTISATIONS), quantisations, quantize=self.quantize)
         want(re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch, "cpu, cuda, cuda:N or auto", device=self.device)
         want_counts(
             rank=self.rank,

@@ -43,6 +43,16 @@ def test_an_adapter_is_copied(adapter, echolora, tmp_path, capsys):
     assert [path.name for path in output.parent.iterdir()] == ["output"]
 
 
+def test_json_and_progress(adapter, echolora, tmp_path, capsys):
+    output = tmp_path / "output"
+    assert echolora("export", adapter, "--merged", "--output", output, "--json") == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["folder"] == str(output) and found["bytes"] == sum(map(len, contents(output).values()))
+    assert 0 <= found["logit_difference"] < 1e-4
+    assert [line.split()[0] for line in printed.err.splitlines()] == ["loading", "merging", "loading"]
+
+
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_merged_model_is_the_base_with_the_adapter(model_folder, echolora, tmp_path, capsys, dtype, dora):

@@ -35,6 +35,11 @@ def test_all_is_well_here(cpp, echolora, capsys, tmp_path):
     assert max(largest) <= 1.5 and len(largest) > 1000
 
 
+def test_json_in_place_of_the_table(cpp, echolora, capsys):
+    assert echolora("verify", "--quick", "--backend", "cpp", "--dtype", "float32", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+
+
 def test_every_gradient_is_compared(cpp):
     rows = [job.run() for job in plan(["cpp"], ["float32"])[0]]
     of = lambda operator: set().union(*(row.ratios for row in rows if row.operator == operator))  # noqa: E731

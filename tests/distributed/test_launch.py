@@ -5,7 +5,7 @@ import json
 
 from folders import Silent
 from launch import HERE, torchrun
-from runs import assert_same_run, cut
+from run_cases import assert_same_run, cut
 
 from echolora_kernels.training.run import train
 

@@ -34,7 +34,7 @@ from cases import (
     wrapped,
 )  # fmt: skip
 from folders import Silent, run_settings
-from runs import assert_same_run, cut
+from run_cases import assert_same_run, cut
 from safetensors.torch import load_file
 from tiny import pad, sample
 from torch.distributed.checkpoint.state_dict import (

@@ -84,6 +84,10 @@ def data():
     return torch.randn(3, 5, 12).double()
 
 
+def insides(model):
+    return [{name: copy.copy(value) for name, value in vars(module).items()} for module in model.modules()]
+
+
 def sizes(groups):
     return [len(projections) for projections in groups]
 
@@ -93,7 +97,7 @@ def sizes(groups):
 def test_outputs_and_gradients_are_those_of_peft(kind, backend, groups):
     model, x = net(kind), data()
     wanted = results(model, x)
-    state, before = [*model.state_dict()], [copy.copy(module.__dict__) for module in model.modules()]
+    state, before = [*model.state_dict()], insides(model)
     report = fuse(model, backend=backend, strict=True)
     assert report.grouped == (tuple(f"base_model.model.attention.{name}" for name in PROJECTIONS),)
     assert report.fused == report.grouped[0] and not report.skipped
@@ -106,7 +110,7 @@ def test_outputs_and_gradients_are_those_of_peft(kind, backend, groups):
     assert sizes(groups) == [3, 3]
     assert [*model.state_dict()] == state
     unfuse(model.train())
-    assert [module.__dict__ for module in model.modules()] == before
+    assert insides(model) == before
 
 
 @lora_or_dora
@@ -168,18 +172,9 @@ def replaced_values(k, x):
     k.lora_A["default"].weight.data = 2 * k.lora_A["default"].weight.data
 
 
-def other_scale(k, x):
-    k.scaling["default"] = 3.0
-
-
 def grad_mode_off(attention):
     attention.between = lambda x: torch.set_grad_enabled(False)
     attention.after = lambda x: torch.set_grad_enabled(True)
-
-
-def autocast_on(attention):
-    attention.between = lambda x: torch.set_autocast_enabled("cpu", True)
-    attention.after = lambda x: torch.set_autocast_enabled("cpu", False)
 
 
 # what happens to a fused model -> the layers of each group that is then computed, and how many layers alone
@@ -203,10 +198,11 @@ CHANGES = {
     "scaled": (lambda a: a.k_proj.scale_layer(0.5), [3], 0),
     "a forward of its own": (lambda a: setattr(a, "forward", partial(Attention.forward, a)), [3], 0),
     "disabled meanwhile": (during(lambda k, x: k.enable_adapters(False)), [3], 0),
-    "scaled meanwhile": (during(other_scale), [3], 1),
+    "scaled meanwhile": (during(lambda k, x: k.scaling.update(default=3.0)), [3], 1),
     "other values meanwhile": (during(replaced_values), [3], 1),
     "frozen meanwhile": (during(lambda k, x: k.requires_grad_(False)), [3], 1),
     "no gradients meanwhile": (grad_mode_off, [3], 1),
+    "copied meanwhile": (lambda a: setattr(a, "between", lambda x: copy.deepcopy(a)), [3], 0),
 }  # fmt: skip
 
 
@@ -249,7 +245,8 @@ def test_other_autocast_meanwhile(groups, calls):
     stock = copy.deepcopy(model)
     fuse(model)
     for one in (model, stock):
-        autocast_on(attention_of(one))
+        attention_of(one).between = lambda x: torch.set_autocast_enabled("cpu", True)
+        attention_of(one).after = lambda x: torch.set_autocast_enabled("cpu", False)
     torch.testing.assert_close(model(x), stock(x), rtol=0.1, atol=2e-3)  # bfloat16's
     assert sizes(groups) == [3] and len(calls) == 4
 
@@ -359,12 +356,15 @@ def test_merging_for_good(groups):
     assert not groups and not merged.attention._forward_hooks and not merged.attention._forward_pre_hooks
 
 
-@pytest.mark.parametrize("way", ["compile", "vmap", "no_grad", "inference mode", "few rows", "global hook"])
+@pytest.mark.parametrize(
+    "way", ["compile", "vmap", "no_grad", "inference mode", "few rows", "global hook", "lora_bias"]
+)
 def test_where_they_are_computed_alone(way, groups, monkeypatch):
-    model, x = net(), data()
+    model, x = net("lora_bias" if way == "lora_bias" else "lora", target_modules=["q_proj", "v_proj"]), data()
     wanted = model(x).detach()
     fuse(model)
-    monkeypatch.setattr(grouped, "MIN_ROWS", 16 if way == "few rows" else 15)
+    if way == "few rows":
+        monkeypatch.setattr(grouped, "MIN_ROWS", 16)
     with {"no_grad": torch.no_grad, "inference mode": torch.inference_mode}.get(way, contextlib.nullcontext)():
         if way == "compile":
             got = torch.compile(model, fullgraph=True, backend="eager")(x)

@@ -242,6 +242,8 @@ def test_a_weight_repacked_for_inference_has_no_gradient():
             module.weight.quant_state.packing_format_for_cpu = True  # what its forward does on CPUs with bfloat16
     with pytest.raises(RuntimeError, match="set support_avx512bf16_for_cpu to False"):
         model(x.requires_grad_())
+    with pytest.raises(RuntimeError, match="set support_avx512bf16_for_cpu to False"):
+        [*quantised.dequantised_rows(model.base_model.model.first.base_layer)]
 
 
 def test_what_is_left_to_peft_is_reported(calls):

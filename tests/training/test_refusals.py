@@ -18,7 +18,7 @@ from echolora_kernels.training.run import train
     ({"method": "full"}, "method"), ({"dtype": "float16"}, "dtype"), ({"rank": 0}, "rank"), ({"steps": 0}, "steps"),
     ({"lr": 0.0}, "lr"), ({"dropout": 1.0}, "dropout"), ({"warmup": -0.1}, "warmup"), ({"batch_size": 0}, "batch_size"),
     ({"weight_decay": -0.1}, "weight_decay"), ({"seed": -1}, "seed"), ({"device": "gpu"}, "device.*cuda:N"),
-    ({"device": "cuda:x"}, "device"),
+    ({"device": "cuda:x"}, "device"), ({"quantize": "nf3"}, "quantize: got 'nf3', wants one of nf4, int8, or None"),
     *[({name: value}, f"{name}: got {value}")
       for name in ("lr", "alpha", "dropout", "warmup", "weight_decay", "max_grad_norm") for value in (math.inf, math.nan)],
 ])  # fmt: skip
