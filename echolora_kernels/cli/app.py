@@ -9,6 +9,7 @@ from .bench import bench
 from .doctor import doctor
 from .export import export
 from .train import train
+from .tune import SETTINGS, tune
 from .verify import verify
 
 EXAMPLES = {
@@ -64,13 +65,5 @@ app.command(name="train", no_args_is_help=True, epilog=_shown("train"))(train)
 app.command(name="export", no_args_is_help=True, epilog=_shown("export"))(export)
 app.command(name="doctor", epilog=_shown("doctor"))(doctor)
 app.command(name="verify", epilog=_shown("verify"))(verify)
-# its flags are the ones of `python -m echolora_kernels.benchmarks`, which reads them without typer
-app.command(
-    name="bench",
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "allow_interspersed_args": False,
-        "help_option_names": [],
-    },
-)(bench)
+app.command(name="tune", context_settings=SETTINGS)(tune)
+app.command(name="bench", context_settings=SETTINGS)(bench)
