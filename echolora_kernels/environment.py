@@ -23,7 +23,10 @@ VARIABLES = {
         "cannot compute a layer is an error",
         "table, else rule",
     ),
-    "ECHOLORA_TUNED": Variable("folder with `DEVICE-NAME.json` tables of the fastest candidates", "the package's own"),
+    "ECHOLORA_TUNED": Variable(
+        "folder with `DEVICE-NAME.json` tables of the fastest candidates, as `echolora tune` writes them",
+        "the package's own",
+    ),
     "ECHOLORA_CACHE": Variable("folder for models converted from GGUF", "`~/.cache/echolora`"),
     "TRITON_INTERPRET": Variable("Triton's own: `1` runs its kernels on CPU tensors, slowly, for tests", "off"),
     "ECHOLORA_LIBRARY": Variable("the compiled library's file; `none` goes without it", "the package's own"),

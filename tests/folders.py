@@ -5,9 +5,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import base_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from echolora_kernels import EchoConfig
 from echolora_kernels.training.settings import TrainSettings
@@ -19,6 +16,11 @@ COLOURS = ["red", "green", "blue"]
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """Llama of 6 blocks, width 32, and a word tokenizer."""
+    # only here, so that the tests of kernels go without PEFT and transformers
+    from tiny import base_model
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = [
         "Question",
         ":",

@@ -102,6 +102,9 @@ def _check_program(program, words, whole):
         assert words[0] == "launch"
         args = launch_command_parser().parse_args(words[1:])
         _check_started(args.no_python, args.training_script, args.training_script_args, whole)
+    elif program == "gpu_run.sh":
+        script = (ROOT / "benchmarks" / program).read_text()
+        assert all(f"    {word} " in script for word in words if word.startswith("--")), words
     elif program == "pip":
         for extra in re.findall(r"echolora-kernels\[(\w+)\]", " ".join(words)):
             assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M), extra

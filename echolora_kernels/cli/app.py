@@ -8,6 +8,7 @@ from .. import __version__
 from .doctor import doctor
 from .export import export
 from .train import train
+from .tune import SETTINGS, tune
 from .verify import verify
 
 EXAMPLES = {
@@ -63,3 +64,4 @@ app.command(name="train", no_args_is_help=True, epilog=_shown("train"))(train)
 app.command(name="export", no_args_is_help=True, epilog=_shown("export"))(export)
 app.command(name="doctor", epilog=_shown("doctor"))(doctor)
 app.command(name="verify", epilog=_shown("verify"))(verify)
+app.command(name="tune", context_settings=SETTINGS)(tune)

@@ -124,6 +124,7 @@ def launches(arch, dtype, everything):
     mask = torch.empty(ROWS // T, T, dtype=torch.bool, device="meta")
     delta = torch.empty(ROWS // T, WIDTH, **meta)
     echo = {"delta": delta, "mask": mask}
+    y = torch.empty(ROWS, WIDTH, **meta)
     none, some = Dropout(), Dropout(0.1, torch.empty(1, dtype=torch.int64, device="meta"))
     linear, shrink, dora_norm = triton_forward.linear, triton_forward.shrink, triton_norm.dora_norm
     adapter_backward = triton_backward_launch.adapter_backward
@@ -156,6 +157,15 @@ def launches(arch, dtype, everything):
             heavy = {"gain": gain, "bias": vector, "store_z": True, **echo, **tile}
             if name in configs.matmul_tiles("rich"):
                 yield from record(f"{where} dora echo", linear, x, weight, s, b, dropout=none, **heavy)
+            if everything or name == "flat":
+                if name in configs.matmul_tiles("added rich"):
+                    added_heavy = {**heavy, "base": y, "dropout": none}
+                    yield from record(f"{where} added dora echo", linear, x, weight, s, b, **added_heavy)
+                if name in configs.matmul_tiles(f"added {'plain' if rank <= configs.MAX_RANK_STEP else 'rich'}"):
+                    added_dropout = {"dropout": some, "contract": False, **tile}
+                    yield from record(f"{where} added dropout", input_backward, x, weight, s, a, **added_dropout)
+                if name in configs.matmul_tiles("added plain"):
+                    yield from record(f"{where} added", linear, x, weight, s, b, contract=False, dropout=none, **tile)
             if name in configs.matmul_tiles("twin"):
                 yield from record(f"{where} dora echo dropout", linear, x, weight, s, b, dropout=some, **heavy)
                 yield from record(

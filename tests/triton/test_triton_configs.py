@@ -19,7 +19,7 @@ H100 = Device("sm_90", 132)
 def test_every_choice_is_a_listed_candidate(arch, dtype):
     device = Device(arch, 100)
     for rows, cols in itertools.product((0, 1, 63, 4096, 100_000), (1, 1000, 16384)):
-        for load in ("plain", "rich", "twin"):
+        for load in ("plain", "rich", "twin", "added plain", "added rich"):
             listed = configs.candidates("matmul", dtype, arch)
             tile = configs.matmul_tile(rows, cols, dtype, device, load)
             assert tile in [listed[name] for name in configs.matmul_tiles(load) if name in listed]

@@ -16,6 +16,9 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from .configs import TILES
 
 # product -> the candidates that can compute it for some layer
 PRODUCTS = {"forward": ("fused", "lora-first", "accumulate"), "input-gradient": ("fused", "lora-first")}
@@ -51,7 +54,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Entry:
-    """One measurement: for this product, the fastest candidate."""
+    """One measurement: for this product, the fastest candidate, and with which tile.
+
+    Args:
+        tile: "KERNEL/NAME" of `configs.TILES`; None leaves it to the rule.
+    """
 
     product: str
     dora: bool
@@ -61,14 +68,16 @@ class Entry:
     k: int
     rank: int
     candidate: str
+    tile: str | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to run, and why."""
+    """What to run, and why; `tile` as in `Entry`."""
 
     candidate: str
     reason: str
+    tile: str | None = None
 
 
 def possible(problem: Problem) -> tuple[str, ...]:
@@ -94,7 +103,9 @@ def choose(problem: Problem, table: tuple[Entry, ...] = (), insist: str | None =
     measured = [entry for entry in table if _fits(entry, problem) and entry.candidate in can]
     if measured:
         nearest = min(measured, key=lambda entry: _distance(entry, problem))
-        return Choice(nearest.candidate, f"fastest at M = {nearest.m}, r = {nearest.rank} on this device")
+        # a tile has to give every processor one, which a much smaller M would not
+        tile = nearest.tile if _distance(nearest, problem)[0] <= 1 else None
+        return Choice(nearest.candidate, f"fastest at M = {nearest.m}, r = {nearest.rank} on this device", tile)
     return Choice(*_rule(problem, can))
 
 
@@ -130,25 +141,39 @@ def table_for(device_name: str, folder: str | None = None) -> tuple[Entry, ...]:
     Raises:
         ValueError: the file is malformed; the message names it and the entry.
     """
+    path = table_path(device_name, folder)
+    return tuple(entry for entry, _ in read_table(path)) if path.is_file() else ()
+
+
+def table_path(device_name: str, folder: str | Path | None = None) -> Path:
+    """Where the measurements for a device are: in `folder`, else in the package."""
     slug = "-".join("".join(c if c.isalnum() else " " for c in device_name.lower()).split())
-    path = Path(folder) if folder else Path(__file__).parent / "tuned"
-    path = path / f"{slug}.json"
-    if not path.is_file():
-        return ()
+    return (Path(folder) if folder else Path(__file__).parent / "tuned") / f"{slug}.json"
+
+
+def read_table(path: Path) -> list[tuple[Entry, dict[str, Any]]]:
+    """Each measurement in a file, and the row that it was read from.
+
+    Raises:
+        ValueError: the file is malformed; the message names it and the entry.
+    """
     try:
-        rows = json.loads(path.read_text())["entries"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        rows = json.loads(path.read_text(encoding="utf-8"))["entries"]
+        return [(_entry(path, number, row), row) for number, row in enumerate(rows)]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: wants a JSON object with a list 'entries' ({error})") from error
-    return tuple(_entry(path, number, row) for number, row in enumerate(rows))
 
 
 def _entry(path: Path, number: int, row: dict) -> Entry:
     try:
-        entry = Entry(**{name: row[name] for name in Entry.__dataclass_fields__})
+        entry = Entry(**{name: row[name] for name in Entry.__dataclass_fields__ if name != "tile" or name in row})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: entry {number}: {error} is missing") from error
+    known = {f"{kernel}/{name}" for (kernel, _), tiles in TILES.items() for name in tiles}
     if entry.candidate not in PRODUCTS.get(entry.product, ()) or min(entry.m, entry.rank) < 1:
         raise ValueError(f"{path}: entry {number}: got {entry}, wants a known product and candidate, and m, rank >= 1")
+    if entry.tile is not None and entry.tile not in known:
+        raise ValueError(f"{path}: entry {number}: got tile {entry.tile!r}, wants one of {', '.join(sorted(known))}")
     return entry
 
 

@@ -54,6 +54,8 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
         "lean": Tile(128, 128, 32, 8, 3),
         "twin": Tile(128, 64, 32, 8, 3),
         "small": Tile(64, 64, 64, 4, 3),
+        "flat": Tile(64, 128, 16, 8, 1),
+        "flat on sm_120": Tile(64, 128, 16, 4, 1),
     },
     ("matmul", "single"): {"twin": Tile(64, 32, 16, 8, 2), "small": Tile(64, 64, 32, 8, 2)},
     ("matmul", "double"): {"twin": Tile(32, 32, 16, 4, 1), "small": Tile(32, 32, 16, 4, 1)},
@@ -117,35 +119,70 @@ def matmul_tile(rows: int, cols: int, dtype: torch.dtype, device: Device, load: 
     """Tile of F2 and B3 for an output [rows, cols]: the largest that still gives every processor one.
 
     Args:
-        load: what the kernel keeps in registers: "plain" is one accumulator; "rich" adds an epilogue with DoRA or an
-            echo, or the dropout mask of a thick adapter, which the "wide" tile would spill; "twin" is two
-            accumulators (DoRA with dropout).
+        load: what the kernel keeps in registers, see `forward_load` and `input_load`.
     """
     listed = candidates("matmul", dtype, device.arch)
-    tiles = [listed[name] for name in matmul_tiles(load) if name in listed]
+    tiles = [
+        listed[name] for name in matmul_tiles(load) if name in listed and name != "flat"
+    ]  # that has to be measured
     for tile in tiles:
         if -(-rows // tile.rows) * -(-cols // tile.cols) >= device.processors:
             return tile
     return tiles[-1]
 
 
+def forward_load(gain: bool, echo: bool, two_products: bool = False, added: bool = False) -> str:
+    """What F2 keeps in registers.
+
+    "plain" is one accumulator; "rich" adds an epilogue with DoRA or an echo, which the "wide" tile would spill; "twin"
+    is two accumulators (DoRA with dropout). After "added" the vendor's GEMM computes the product with W0, so that all
+    the kernel does is move memory.
+    """
+    load = "twin" if two_products else "rich" if gain or echo else "plain"
+    return f"added {load}" if added else load
+
+
+def input_load(rank: int, dropout: bool, two_products: bool = False, added: bool = False) -> str:
+    """The same for B3, where the dropout mask of several rank steps no longer fits beside the "wide" accumulator."""
+    thick = dropout and rank > MAX_RANK_STEP
+    load = "twin" if two_products else "rich" if thick else "plain"
+    return f"added {load}" if added else load
+
+
 def matmul_tiles(load: str) -> tuple[str, ...]:
-    """Names of the tiles that a matmul kernel with this load may use, largest first; see `matmul_tile`."""
-    loads = {"plain": ("wide", "large", "lean", "small"), "rich": ("large", "lean", "small"), "twin": ("twin",)}
+    """Names of the tiles that a matmul kernel with this load may use, in the order of the rule."""
+    loads = {
+        "plain": ("wide", "large", "lean", "small"),
+        "rich": ("large", "lean", "small"),
+        "twin": ("twin",),
+        "added plain": ("large", "lean", "small", "flat"),
+        "added rich": ("small", "flat"),
+    }
     return loads[load]
 
 
 def descriptor_tile(rows: int, cols: int, rank: int, dtype: torch.dtype, device: Device, rich: bool) -> Tile:
-    """Tile of the descriptor versions of F2 and B3, as `matmul_tile`.
-
-    The wide one is for thin adapters without a rich epilogue: others would spill or exceed the shared memory.
-    """
+    """Tile of the descriptor versions of F2 and B3, as `matmul_tile`."""
     tiles = candidates("descriptor", dtype, device.arch)
-    for name in ("large", "small") if rich or rank > 16 else ("wide", "large", "small"):
+    for name in descriptor_tiles(rank, rich):
         tile = tiles.get(name)
         if tile and -(-rows // tile.rows) * -(-cols // tile.cols) >= device.processors:
             return tile
     return tiles["small"]
+
+
+def descriptor_tiles(rank: int, rich: bool) -> tuple[str, ...]:
+    """Names of the tiles that a descriptor kernel may use, largest first.
+
+    The wide one is for thin adapters without a rich epilogue: others would spill or exceed the shared memory.
+    """
+    return ("large", "small") if rich or rank > 16 else ("wide", "large", "small")
+
+
+def named(tile: str | None, kernel: str, allowed: tuple[str, ...], dtype: torch.dtype, arch: str) -> Tile | None:
+    """The tile that "KERNEL/NAME" names, where it is one of `kernel`'s that are `allowed` on `arch`; else None."""
+    of, _, name = (tile or "").partition("/")
+    return candidates(kernel, dtype, arch).get(name) if of == kernel and name in allowed else None
 
 
 def uses_descriptors(rank: int, dtype: torch.dtype, arch: str) -> bool:

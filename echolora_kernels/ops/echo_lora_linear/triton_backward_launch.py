@@ -223,9 +223,7 @@ def input_backward(
     rank = 0 if lora_a is None else lora_a.shape[0]
     block_r = configs.rank_step(max(rank, 1))
     two_products = gain is not None and dropout.on_base
-    load = "twin" if two_products else "plain"
-    if dropout.p > 0 and rank > configs.MAX_RANK_STEP and not two_products:
-        load = "rich"  # the mask of several rank steps no longer fits beside the "wide" accumulator
+    load = configs.input_load(rank, dropout.p > 0, two_products, added=not contract)
     tile = tile or configs.matmul_tile(rows.total, d_in, dy.dtype, device_of(dy), load)
     dx = dy.new_empty((rows.total, d_in)) if base is None else base
     run(

@@ -306,7 +306,8 @@ def linear(
     rank = lora_b.shape[1]
     block_r = configs.rank_step(rank)
     two_products = gain is not None and dropout.on_base
-    load = "twin" if two_products else "plain" if gain is None and delta is None else "rich"
+    added = base is not None or not contract
+    load = configs.forward_load(gain is not None, delta is not None, two_products, added)
     tile = tile or configs.matmul_tile(rows.total, d_out, x.dtype, device_of(x), load)
     y = x.new_empty(shape or (rows.total, d_out)) if out is None else out
     z = None

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from . import candidates, configs
-from .candidates import Problem
+from .candidates import Choice, Problem
+from .configs import Tile
 from .dropout import Dropout
 from .launch import device_of
 from .projection import Projection
@@ -31,9 +32,12 @@ def linear_product(
     dropout: Dropout,
     store_z: bool,
     shape: tuple[int, ...],
+    choice: Choice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """F2 by any candidate; arguments and results as those of `triton_forward.linear`."""
-    candidate = _candidate("forward", x, weight, lora_b.shape[1], gain, dropout)
+    """F2 by any candidate; arguments and results as those of `triton_forward.linear`. None chooses `choice`."""
+    rank = lora_b.shape[1]
+    choice = choice or _choice("forward", x, weight, rank, gain, dropout)
+    rich, two_products = gain is not None or delta is not None, gain is not None and dropout.on_base
     rest: dict[str, Any] = {
         "bias": bias,
         "gain": gain,
@@ -42,13 +46,18 @@ def linear_product(
         "dropout": dropout,
         "shape": shape,
     }
-    if candidate == "fused":
-        if _by_descriptors(x, weight, weight.shape[0], lora_b.shape[1]) and not (gain is not None and dropout.on_base):
+    if choice.candidate == "fused":
+        load = configs.forward_load(gain is not None, delta is not None, two_products)
+        tile = _tile(choice, "matmul", configs.matmul_tiles(load), x)
+        if tile is None and not two_products and _by_descriptors(x, weight, weight.shape[0], rank):
             del rest["dropout"]
-            return linear_by_descriptors(x, weight, s, lora_b, store_z=store_z, **rest)
-        return linear(x, weight, s, lora_b, store_z=store_z, **rest)
+            tile = _tile(choice, "descriptor", configs.descriptor_tiles(rank, rich), x)
+            return linear_by_descriptors(x, weight, s, lora_b, store_z=store_z, tile=tile, **rest)
+        return linear(x, weight, s, lora_b, store_z=store_z, tile=tile, **rest)
+    load = configs.forward_load(gain is not None, delta is not None, added=True)
+    rest["tile"] = _tile(choice, "matmul", configs.matmul_tiles(load), x)
     with without_autocast(x):
-        if candidate == "accumulate":
+        if choice.candidate == "accumulate":
             return linear(x, weight, s, lora_b, store_z=store_z, base=torch.mm(flat(x), weight.t()), **rest)
         y, _ = linear(x, weight, s, lora_b, contract=False, **rest)
         rows = y.view(-1, y.shape[-1])
@@ -92,18 +101,24 @@ def input_product(
     *,
     dropout: Dropout,
     gain: torch.Tensor | None,
+    choice: Choice | None = None,
 ) -> torch.Tensor:
     """B3 by any candidate; arguments and result as those of `triton_backward_launch.input_backward`.
 
-    dS comes as wide as it was summed, and is rounded to dY's dtype.
+    dS comes as wide as it was summed, and is rounded to dY's dtype. None chooses `choice`.
     """
-    ds = ds.to(dy.dtype)
-    candidate = _candidate("input-gradient", dy, weight, lora_a.shape[0], gain, dropout)
-    if candidate == "fused":
-        if gain is None and _by_descriptors(dy, weight, weight.shape[1], lora_a.shape[0]):
-            return input_by_descriptors(dy, weight, ds, lora_a, dropout=dropout)
-        return input_backward(dy, weight, ds, lora_a, dropout=dropout, gain=gain)
-    dx = input_backward(dy, weight, ds, lora_a, dropout=dropout, contract=False)
+    ds, rank = ds.to(dy.dtype), lora_a.shape[0]
+    choice = choice or _choice("input-gradient", dy, weight, rank, gain, dropout)
+    if choice.candidate == "fused":
+        load = configs.input_load(rank, dropout.p > 0, gain is not None and dropout.on_base)
+        tile = _tile(choice, "matmul", configs.matmul_tiles(load), dy)
+        if tile is None and gain is None and _by_descriptors(dy, weight, weight.shape[1], rank):
+            tile = _tile(choice, "descriptor", configs.descriptor_tiles(rank, dropout.p > 0), dy)
+            return input_by_descriptors(dy, weight, ds, lora_a, dropout=dropout, tile=tile)
+        return input_backward(dy, weight, ds, lora_a, dropout=dropout, gain=gain, tile=tile)
+    load = configs.input_load(rank, dropout.p > 0, added=True)
+    tile = _tile(choice, "matmul", configs.matmul_tiles(load), dy)
+    dx = input_backward(dy, weight, ds, lora_a, dropout=dropout, contract=False, tile=tile)
     return add_product(dx, flat(dy), weight, gain)
 
 
@@ -133,16 +148,16 @@ def group_input_product(
     lora_a = torch.cat([p.lora_a.to(dys[0].dtype) for p in projections])
     dx = input_product(dys[0], projections[0].weight, stacked_ds, lora_a, dropout=dropout, gain=gains[0])
     for dy, p, gain in zip(dys[1:], projections[1:], gains[1:], strict=True):
-        if _candidate("input-gradient", dy, p.weight, len(p.lora_a), gain, dropout) == "fused":
+        if _choice("input-gradient", dy, p.weight, len(p.lora_a), gain, dropout).candidate == "fused":
             input_backward(dy, p.weight, None, None, dropout=Dropout(), gain=gain, base=dx)
         else:
             add_product(dx, flat(dy), p.weight, gain)
     return dx
 
 
-def _candidate(
+def _choice(
     product: str, rows: torch.Tensor, weight: torch.Tensor, rank: int, gain: torch.Tensor | None, dropout: Dropout
-) -> str:
+) -> Choice:
     insist, folder = candidates.from_environment(product)
     problem = Problem(
         product=product,
@@ -157,7 +172,12 @@ def _candidate(
         plain_rows=_plain_rows(rows),
     )
     table = candidates.table_for(_device_name(rows.device), folder)
-    return candidates.choose(problem, table, insist).candidate
+    return candidates.choose(problem, table, insist)
+
+
+def _tile(choice: Choice, kernel: str, allowed: tuple[str, ...], rows: torch.Tensor) -> Tile | None:
+    """The tile that was measured, where it is one of `kernel`'s that are allowed; None leaves it to the rule."""
+    return configs.named(choice.tile, kernel, allowed, rows.dtype, device_of(rows).arch)
 
 
 def _by_descriptors(rows: torch.Tensor, weight: torch.Tensor, width: int, rank: int) -> bool:

@@ -1,0 +1,64 @@
+"""`benchmarks/gpu_run.sh` without a GPU: what it refuses, and that a part that fails stops no other."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
+
+
+def run(*arguments):
+    return subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ((), ["--output", "folder"]),
+    (("--output", "{}", "--part", "smoke,speed"), ["--part", "'speed'", "smoke,tune,layers"]),
+    (("--output", "{}", "--minutes", "few"), ["--minutes", "'few'"]),
+    (("--output", "{}", "--wheels", "/no/such"), ["--wheels", "/no/such"]),
+    (("--output", "{}", "--data", "/no/such"), ["--model", "--data", "both"]),
+    (("--output", "{}", "--python", "/no/such"), ["--python", "/no/such"]),
+    (("--output", "{}", "--speed", "9"), ["--speed", "no such option"]),
+    (("--output",), ["--output", "value"]),
+    (("--output", "{}", "--python", sys.executable), ["no GPU", "--dry"]),
+])  # fmt: skip
+def test_what_it_refuses(tmp_path, arguments, words):
+    if torch.cuda.is_available() and "no GPU" in words:
+        pytest.skip("there is a GPU")
+    done = run(*(word.format(tmp_path / "out") for word in arguments))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("gpu_run.sh: ") and all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_failing_part_stops_no_other(tmp_path):
+    """A Python whose smoke test fails; tuning goes the whole way."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *smoke.py*) echo "FAILED on purpose"; exit 3 ;; esac\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    done = run("--dry", "--no-build", "--output", out, "--python", python, "--part", "smoke,tune,sanitizer")
+    assert done.returncode == 1, done.stdout + done.stderr
+    summary = (out / "summary.txt").read_text()
+    assert summary in done.stdout and len(summary.splitlines()) < 100
+    parts = {line.split()[0]: line.split()[1] for line in summary.splitlines() if line.endswith(".log")}
+    assert parts == {"smoke": "FAILED", "tune": "ok"}
+    assert "smoke: FAILED on purpose" in summary and "skipped: it wants pytest" in summary
+    assert len(json.loads((out / "cpu.json").read_text())["entries"]) == 12 and "12 entries" in summary
+    with tarfile.open(out / "logs.tar.gz") as logs:
+        assert {"logs/smoke.log", "logs/tune.log", "tuned/cpu.json"} <= set(logs.getnames())
+
+
+def test_a_part_is_stopped_by_its_box(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *smoke.py*) exec sleep 100 ;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    done = run("--dry", "--no-build", "--output", tmp_path, "--python", python, "--part", "smoke", "--minutes", "0.5")
+    assert done.returncode == 0 and "stopped after 11 s" in done.stdout, done.stdout + done.stderr
