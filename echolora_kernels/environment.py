@@ -1,9 +1,19 @@
-"""The environment variables that matter, in one place; docs/environment.md shows the same table."""
+"""What results depend on: versions, devices, and the environment variables that matter.
+
+docs/environment.md shows the same table of variables.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import platform
 from typing import NamedTuple
+
+import torch
+
+from . import native
+from .version import __version__
 
 
 class Variable(NamedTuple):
@@ -67,3 +77,40 @@ def variables_set() -> dict[str, str]:
     found = {name: os.environ[name] for name in (*VARIABLES, *OTHERS) if name in os.environ}
     strange = sorted(name for name in os.environ if name.startswith("ECHOLORA_") and name not in VARIABLES)
     return found | {name: f"{os.environ[name]} (no such variable)" for name in strange}
+
+
+PACKAGES = ("triton", "peft", "transformers", "trl", "accelerate", "bitsandbytes")
+
+
+def installed(package: str) -> str:
+    """Its version, or that there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def processor() -> str:
+    """The CPU's name."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def conditions(device: torch.device) -> dict[str, str]:
+    """What measurements on `device` depend on, for a header of results."""
+    if device.type == "cuda":
+        of = torch.cuda.get_device_properties(device)
+        name = of.name
+        hardware = f"sm_{of.major}{of.minor}, {of.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    else:
+        name = processor()
+        instructions = "no compiled library" if native.why_unavailable() else native.cpu_instructions()
+        hardware = f"{torch.get_num_threads()} threads, {instructions}"
+    found = {"device": name, "hardware": hardware, "torch": torch.__version__, "echolora_kernels": __version__}
+    found |= {"python": platform.python_version()}
+    found |= {package: version for package in PACKAGES if (version := installed(package)) != "not installed"}
+    return found | variables_set()

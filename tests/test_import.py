@@ -13,8 +13,10 @@ PROGRAM = """
 import sys
 
 class Absent:
+    names = {extras!r}.split()
+
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {extras!r}.split():
+        if name.split(".")[0] in self.names:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Absent())
@@ -40,9 +42,20 @@ assert len(adapted_linears(torch.nn.Sequential(e.EchoLoRALinear(4, 3, r=2)))) ==
 KERNELS = """
 from echolora_kernels.ops.echo_lora_linear import autograd, group, kernels, operators
 """
+# the benchmarks' own command line, which says what it has to do without
+BENCHMARKS = """
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name in sys.meta_path[0].names else find_spec(name)
+from echolora_kernels.benchmarks import command, rates
+command.rates.measure = lambda *_: rates.Rates(10.0, {"fp32": 0.1})
+flags = "--shape 24x40x32 --method lora --rank 8 --dropout 0 --echo off --dtype fp32 --rounds 1 --warm --device cpu"
+assert command.main(flags.split()) == 0
+"""
+BODIES = {"import": CORE, "layers": LAYERS, "method": METHOD, "kernels": KERNELS, "benchmarks": BENCHMARKS}
 
 
-@pytest.mark.parametrize("body", [CORE, LAYERS, METHOD, KERNELS], ids=["import", "layers", "method", "kernels"])
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_needs_torch_alone(body):
     program = PROGRAM.format(extras=EXTRAS, body=body)
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)

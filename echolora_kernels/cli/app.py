@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .. import __version__
+from .bench import bench
 from .doctor import doctor
 from .export import export
 from .train import train
@@ -65,3 +66,4 @@ app.command(name="export", no_args_is_help=True, epilog=_shown("export"))(export
 app.command(name="doctor", epilog=_shown("doctor"))(doctor)
 app.command(name="verify", epilog=_shown("verify"))(verify)
 app.command(name="tune", context_settings=SETTINGS)(tune)
+app.command(name="bench", context_settings=SETTINGS)(bench)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from typing import Annotated, Any
@@ -13,12 +12,10 @@ from typer import Option
 
 from .. import __version__, backends, native
 from ..backends import BACKENDS
-from ..environment import variables_set
+from ..environment import PACKAGES, installed, processor, variables_set
 from ..verification.run import plan
 from .show import interruptible
 from .verify import as_json, left_out, lines, run, summary
-
-_PACKAGES = ("triton", "peft", "transformers", "trl", "accelerate", "bitsandbytes")
 
 
 def doctor(
@@ -45,7 +42,7 @@ def doctor(
 
 
 def _facts() -> dict[str, Any]:
-    devices = {"cpu": f"{_processor()}, {torch.get_num_threads()} threads of torch"}
+    devices = {"cpu": f"{processor()}, {torch.get_num_threads()} threads of torch"}
     for index in range(torch.cuda.device_count()):
         of = torch.cuda.get_device_properties(index)
         devices[f"cuda:{index}"] = f"{of.name}, sm_{of.major}{of.minor}, {of.total_memory / 2**30:.0f} GiB"
@@ -54,7 +51,7 @@ def _facts() -> dict[str, Any]:
             "echolora_kernels": __version__,
             "python": f"{platform.python_version()} on {platform.platform()}",
             "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
-            **{name: _version(name) for name in _PACKAGES},
+            **{name: installed(name) for name in PACKAGES},
         },
         "devices": devices,
         "compiled_library": _library(),
@@ -101,19 +98,3 @@ def _library() -> dict[str, str]:
         "processor": native.why_no_instructions() or native.cpu_instructions(),
         "GPUs": " ".join(native.cuda_architectures()) or "built without CUDA",
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -68,7 +68,7 @@ def linears(
         tensors |= {_key(name, number, members): tensor for name, tensor in own.items()}
         incoming[_key("y", number, members)] = draw(n, t, member.d_out)
     seed = int(torch.randint(2**31, ()))
-    keep = _kept(backend, tensors["x"], dropout_p, seed)
+    keep = kept(backend, tensors["x"], dropout_p, seed)
 
     def projections(tensors: Tensors) -> list[Projection]:
         found = []
@@ -128,7 +128,7 @@ def updates(
         tensors["gain"] = draw(d_out)
     incoming = {"y": draw(n, t, d_out)}
     seed = int(torch.randint(2**31, ()))
-    keep = _kept(backend, tensors["x"], dropout_p, seed)
+    keep = kept(backend, tensors["x"], dropout_p, seed)
 
     def kernels(tensors: Tensors) -> Tensors:
         torch.manual_seed(seed)
@@ -148,7 +148,7 @@ def _key(name: str, number: int, members: Sequence[Member]) -> str:
     return name if len(members) == 1 else f"{name}{number}"
 
 
-def _kept(backend: str, x: torch.Tensor, p: float, seed: int) -> torch.Tensor | None:
+def kept(backend: str, x: torch.Tensor, p: float, seed: int) -> torch.Tensor | None:
     """Which elements of x the backend keeps after `seed`, read off its product of ones with the identity."""
     if p == 0:
         return None
