@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from rich.text import Text
 
 from ..training.loop import StepRecord
 
+# retries of a hub that does not answer; parts that are missing where nobody asked for them
+_LOGGERS = ("huggingface_hub", "torchao", "bitsandbytes", "torch.utils._pytree")
 _LINES = 20  # lines that a whole run prints where there is no terminal to draw a bar on
 
 
@@ -100,10 +103,12 @@ def interruptible() -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Keep other libraries' bars and notices from breaking the display; our own warnings stay."""
-    from transformers.utils import logging
+    from transformers.utils import logging as of_transformers
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("peft", "transformers"):
         warnings.filterwarnings("ignore", module=module)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import __version__ as peft_version
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoTokenizer
 
@@ -61,10 +62,7 @@ def base_of(adapter: Path) -> str:
     Raises:
         ValueError: it is not there.
     """
-    try:
-        name = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{adapter / CONFIG_NAME}: cannot be read ({error})") from error
+    name = _saved_config(adapter).get("base_model_name_or_path")
     if not name:
         raise ValueError(f"model: got none, and {adapter / CONFIG_NAME} names no base model")
     return name
@@ -95,16 +93,22 @@ def export_adapter(
     Raises:
         FileNotFoundError, AdapterMismatch, OSError: there is no such adapter or model, or they do not fit.
         FileExistsError: `output` is not empty and not to be replaced, or holds something else than an export.
-        ValueError: the adapter is not finite, or the merged model computes something else; nothing is written.
+        ValueError: the installed PEFT does not know the adapter's configuration, the adapter is not finite or cannot be
+            merged, or the merged model computes something else; nothing is written.
     """
     adapter = adapter_folder(Path(source).expanduser())
-    spec = model or base_of(adapter)
+    config = _known_config(adapter)
+    spec = base_of(adapter) if model is None else model
     where = resolve_model(spec)
     output = Path(output).expanduser().resolve()
     _want_replaceable(output, overwrite, [Path(source).expanduser(), adapter, Path(where), Path.cwd()])
     stage(f"loading {spec}")
     base, tokenizer = load_model(spec, dtype=dtype)
-    adapted = get_peft_model(base, PeftConfig.from_pretrained(str(adapter)))
+    adapted = get_peft_model(base, config)
+    if merged and not hasattr(adapted, "merge_and_unload"):
+        raise ValueError(
+            f"merged: got an adapter of {config.peft_type.value}, which cannot be merged; export the adapter alone"
+        )
     load_adapter(adapted, adapter)
     _want_finite(adapter, adapted)
     with replacing(output) as unfinished:
@@ -140,8 +144,37 @@ def _logits(model: Any, inputs: torch.Tensor) -> torch.Tensor:
     return model.eval()(input_ids=inputs).logits.double()
 
 
+def _saved_config(adapter: Path) -> dict[str, Any]:
+    path = adapter / CONFIG_NAME
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: cannot be read (got a {type(saved).__name__}, wants the settings of an adapter)")
+    return saved
+
+
+def _known_config(adapter: Path) -> Any:
+    """The adapter's configuration; raises where it asks for what the installed PEFT would leave out."""
+    path, saved = adapter / CONFIG_NAME, _saved_config(adapter)
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: PEFT {peft_version} knows no such adapter ({error})") from error
+    unknown = sorted(name for name, value in saved.items() if value and not hasattr(config, name))
+    if unknown:
+        settings = ", ".join(f"{name} = {saved[name]!r}" for name in unknown)
+        raise ValueError(
+            f"{path}: PEFT {peft_version} does not know {settings}; wants the release that wrote it "
+            f"({saved.get('peft_version') or 'not stated'}), or a file without what changes nothing"
+        )
+    return config
+
+
 def _want_finite(adapter: Path, model: PeftModel) -> None:
-    broken = [name for name, p in model.named_parameters() if "lora_" in name and not p.isfinite().all()]
+    tensors = get_peft_model_state_dict(model).items()
+    broken = [name for name, tensor in tensors if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"{adapter / SAFETENSORS_WEIGHTS_NAME}: not finite: {', '.join(broken)}")
 

@@ -45,7 +45,6 @@ def fuse(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
     """Let our operators compute every PEFT LoRA or DoRA linear of `model`, in place.
 
     Each layer gets a forward of its own that decides at every call: one active adapter of plain LoRA or DoRA on an
-    Each layer gets a forward of its own that decides at every call: one active adapter of plain LoRA or DoRA on an
     nn.Linear goes through `functional.echo_lora_linear`, on a linear of bitsandbytes or torchao through that and
     `functional.lora_update`; all else (merged, disabled or several adapters, adapter_names, other variants) through
     PEFT's forward. Layers that their parent's forward calls with one input, such as q, k and v, go through

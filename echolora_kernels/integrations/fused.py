@@ -95,6 +95,8 @@ def why_not_adapter(module: Any, name: str) -> str | None:
     apart = is_quantised(module)  # then a lora_bias is added by itself, in whatever dtype
     if b.bias is not None and (variant is not None or not (apart or b.bias.dtype == module.base_layer.weight.dtype)):
         return f"a lora_bias in {b.bias.dtype} cannot be added to a bias in {module.base_layer.weight.dtype}"
+    if isinstance(module.scaling[name], torch.Tensor):  # may change without a new compilation
+        return "its scaling is a tensor, which adapters swapped under torch.compile have"
     if getattr(dropout, "p", 0.0) >= 1.0:
         return "its dropout drops everything"
     if any(_is_hooked(part) for part in (a, b, dropout)):
@@ -123,8 +125,8 @@ def operator_arguments(module: Any, x: torch.Tensor) -> dict[str, Any] | None:
     magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_variant else None
     dropped = dropout.training and (magnitude is None or module.training)  # as PEFT: DoRA looks at the layer too
     dropout_p = getattr(dropout, "p", 0.0) if dropped else 0.0
-    tensors = [t for t in (weight, bias, lora_a, lora_b, magnitude) if t is not None]
-    if any(type(t) not in _PLAIN for t in tensors):  # shards
+    tensors = [t for t in (x, weight, bias, lora_a, lora_b, magnitude) if t is not None]
+    if x.is_nested or any(type(t) not in _PLAIN for t in tensors):  # shards
         return None
     if not _dtypes_fit(module, x, weight, bias, lora_a, lora_b):
         return None

@@ -59,18 +59,40 @@ def updating(folder: Path) -> Iterator[Path]:
     with _told(folder):
         new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished.", dir=folder))
+        beside = Path(tempfile.mkdtemp(prefix=".unfinished.", dir=folder))
+        unfinished = beside / "new"
         try:
+            unfinished.mkdir()
             yield unfinished
-            for file in [path for path in unfinished.rglob("*") if path.is_file()]:
-                place = folder / file.relative_to(unfinished)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(place)
+            _move_in(unfinished, folder, beside / "old")
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(beside, ignore_errors=True)
             if new:
                 with suppress(OSError):  # something is in it
                     folder.rmdir()
+
+
+def _move_in(unfinished: Path, folder: Path, old: Path) -> None:
+    """Move all files of `unfinished` to their places in `folder`, or after any error none."""
+    begun: list[tuple[Path, Path, bool]] = []
+    try:
+        for file in [path for path in unfinished.rglob("*") if path.is_file()]:
+            place, kept = (root / file.relative_to(unfinished) for root in (folder, old))
+            if place.is_dir():
+                raise IsADirectoryError(f"{place} is a folder, where a file is to go")
+            for path in (place, kept):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            begun.append((place, kept, place.exists()))
+            if place.exists():
+                place.rename(kept)
+            file.rename(place)
+    except BaseException:
+        for place, kept, existed in begun:
+            if kept.exists():
+                kept.replace(place)
+            elif not existed:
+                place.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

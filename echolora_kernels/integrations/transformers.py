@@ -92,15 +92,19 @@ def resolve_model(spec: str) -> str:
         if not path.is_file():
             raise FileNotFoundError(f"model: got {spec!r}, no such file")
         return str(_converted(path))
-    if path.is_dir():
+    if spec and path.is_dir():
         return str(path)
-    if path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+    if not spec or path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise FileNotFoundError(f"model: got {spec!r}, wants a folder, a .gguf file, package:NAME or a hub name")
     return spec
 
 
 def _packaged_gguf(package: str) -> Path:
-    found = importlib.util.find_spec(package)  # finds without importing, so the package's own needs do not matter
+    is_name = all(part.isidentifier() for part in package.split("."))
+    try:  # finds without importing, so the package's own needs do not matter
+        found = importlib.util.find_spec(package) if is_name else None
+    except ModuleNotFoundError:  # of a package that it would lie in
+        found = None
     folders = [] if found is None else [Path(folder) for folder in found.submodule_search_locations or []]
     files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
     if len(files) != 1:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import shutil
 
 import pytest
@@ -151,9 +152,15 @@ def test_pickled_weights_are_not_read(model_folder, tmp_path):
 
 
 def test_an_unknown_hub_name_says_what_to_do(train, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable has been read long before
     code = train(model="nobody/nothing")
     assert "nobody/nothing" in code and "local folder" in code and "network" in code
+
+
+def test_a_hub_that_does_not_answer_is_told_once():
+    show.quiet_libraries()
+    retries = logging.getLogger("huggingface_hub.utils._http")
+    assert not retries.isEnabledFor(logging.WARNING) and retries.isEnabledFor(logging.ERROR)
 
 
 def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import TARGETS, randomise
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -101,6 +101,34 @@ def test_what_does_not_fit_is_refused(adapter, echolora, tmp_path, change, words
     assert not (tmp_path / "output").exists() and not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(("change", "words"), [
+    ({"peft_type": "FOO"}, ["FOO", "PEFT"]),
+    ({"use_newthing": True, "other_newthing": None}, ["use_newthing = True", "does not know"]),
+    ([], ["cannot be read", "list"]),
+])  # fmt: skip
+def test_a_configuration_that_peft_does_not_know_is_refused(adapter, echolora, tmp_path, model_folder, change, words):
+    """Not only ignored, as PEFT does: the merged model would be another."""
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(change and {**json.loads(path.read_text()), **change}))
+    said = echolora("export", adapter, "--model", model_folder, "--merged", "--output", tmp_path / "output")
+    assert "\n" not in said and all(word in said for word in (*words, "adapter_config.json")), said
+    assert "other_newthing" not in said and not (tmp_path / "output").exists()
+
+
+def test_an_adapter_without_weights_to_merge(model_folder, echolora, tmp_path):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config).save_pretrained(tmp_path / "prompt")
+    said = echolora("export", tmp_path / "prompt", "--merged", "--output", tmp_path / "output")
+    assert "merged: got an adapter of PROMPT_TUNING" in said and not (tmp_path / "output").exists()
+
+
+def test_whatever_is_saved_must_be_finite(model_folder, echolora, tmp_path):
+    adapter = saved_adapter(model_folder, tmp_path / "adapter", modules_to_save=["lm_head"])
+    damaged(adapter, lambda weights: next(w for n, w in weights.items() if "lm_head" in n).view(-1)[0].fill_(torch.nan))
+    said = echolora("export", adapter, "--output", tmp_path / "output")
+    assert "not finite" in said and "lm_head" in said
+
+
 def test_wrong_logits_are_refused(adapter, echolora, tmp_path, monkeypatch):
     wrong, logits = iter((1.0, 1.001)), integration._logits
     monkeypatch.setattr(integration, "_logits", lambda *arguments: logits(*arguments) * next(wrong))
@@ -164,6 +192,10 @@ def test_only_an_earlier_export_is_replaced(adapter, echolora, tmp_path, monkeyp
     (("unfinished",), ["adapter", "unfinished", "--resume"]),
     (("adapter", "--dtype", "float64"), ["dtype", "float64", "bfloat16"]),
     (("adapter", "--model", "/no/such"), ["model", "/no/such"]),
+    (("adapter", "--model", ""), ["model", "''"]),
+    (("adapter", "--model", "package:"), ["model", "package", "''"]),
+    (("adapter", "--model", "package:no.such"), ["model", "package", "no.such", "not installed"]),
+    (("adapter", "--model", "package:../x"), ["model", "package", "../x"]),
     (("adapter", "--output", "file"), ["output", "file"]),
     (("adapter", "--output", "/proc/run"), ["output", "/proc", "cannot be written to"]),
 ])  # fmt: skip

@@ -9,6 +9,7 @@ from fuse_cases import assert_same, config, every_kind, lora_or_dora, moved, nar
 from linear_cases import error_ratios
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -104,6 +105,7 @@ CHANGES = {
     "an unfrozen weight": (unfreeze, 2),
     "scaled": (lambda model: model.base_model.model.first.scale_layer(0.5), 2),
     "another kind of dropout": (other_dropout, 1),
+    "prepared for swapped adapters": (prepare_model_for_compiled_hotswap, 0),
 }
 
 
@@ -120,6 +122,17 @@ def test_what_happens_to_the_model_afterwards(kind, change, calls):
     wanted = results(stock, x)
     assert_same(results(model, x), wanted, 1e-11)
     assert len(calls) == used, [call.keys() for call in calls]
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_inputs_stay_with_peft(layout, calls):
+    model = net()
+    x = torch.nested.nested_tensor([torch.randn(3, 12).double(), torch.randn(2, 12).double()], layout=layout)
+    wanted = model(x)
+    fuse(model)
+    for got, want in zip(model(x).unbind(), wanted.unbind(), strict=True):
+        assert torch.equal(got, want)
+    assert not calls
 
 
 def test_disable_adapter_and_back(calls):

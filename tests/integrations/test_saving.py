@@ -85,6 +85,27 @@ def test_an_echo_lora_s_adapter_is_peft_s_and_other_files_stay(tmp_path):
     assert "Mine." in (tmp_path / "ours" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("broken", ["a folder in the way", "the last file", "an interrupt"])
+def test_files_take_their_places_together(tmp_path, monkeypatch, broken):
+    for name in ("config", "weights"):
+        (tmp_path / name).write_text("old")
+    rename, moved = Path.rename, []
+
+    def failing(path, target):
+        if "new" in path.parts and moved.append(path) is None and len(moved) == 3:
+            raise KeyboardInterrupt if broken == "an interrupt" else OSError("no")
+        return rename(path, target)
+
+    if broken == "a folder in the way":
+        (tmp_path / "extra").mkdir()
+    monkeypatch.setattr(Path, "rename", failing)
+    before = contents(tmp_path)
+    with pytest.raises((OSError, KeyboardInterrupt)), updating(tmp_path) as unfinished:
+        for name in ("config", "weights", "extra"):
+            (unfinished / name).write_text("new")
+    assert contents(tmp_path) == before
+
+
 @needs_limits
 def test_the_old_checkpoint_survives(tmp_path):
     model = tiny.peft_model(dtype=torch.float32)
