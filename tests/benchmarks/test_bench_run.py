@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -276,6 +277,7 @@ def test_what_cannot_be_captured_is_timed_with_events(monkeypatch):
 def test_the_suite_that_make_bench_runs():
     flags = "--shape 24x40x32 --method lora dora --rank 8 --dropout 0 --echo off --dtype fp32 --implementations addmm"
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "--bench", flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "3 passed, 1 skipped" in done.stdout and "custom/layer/24x40x32/lora/r8/p0/plain/fp32 both" in done.stdout
