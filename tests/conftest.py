@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest_plugins = ["folders"]
+pytest_plugins = ["commands", "folders"]
 
 torch.set_num_threads(1)  # two test processes share two cores
 

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from fuse_cases import moved, results
 from linear_cases import error_ratios
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from tiny import TARGETS, always_on, base_model, batch, gradients, randomise
+from tiny import TARGETS, always_on, base_model, batch, randomise
 from torch import nn
 
 from echolora_kernels import EchoLoRA, fuse, unfuse
@@ -63,28 +64,6 @@ def config(**options):
 
 def net(scheme, bias=True, **options):
     return moved(get_peft_model(Net(scheme, bias), config(**options))).train()
-
-
-def moved(model):
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.2)
-            elif "magnitude" in name:
-                parameter.mul_(torch.rand_like(parameter) + 0.5)
-    return model
-
-
-def results(model, x, **arguments):
-    """y and the gradients of x and of every parameter that has one."""
-    model.zero_grad()
-    torch.manual_seed(3)
-    x = x.detach().clone().requires_grad_()
-    y = model(x, **arguments)
-    if y.requires_grad:
-        torch.manual_seed(4)
-        y.backward(torch.randn(y.shape, dtype=torch.float64).to(y.dtype))
-    return {"y": y.detach(), **({} if x.grad is None else {"x": x.grad}), **gradients(model)}
 
 
 def assert_same(got, wanted, tolerance=2e-5):

@@ -1,4 +1,4 @@
-"""The command, run in this process."""
+"""The command, run in the process of a test."""
 
 import pytest
 
