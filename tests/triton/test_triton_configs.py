@@ -42,6 +42,7 @@ def test_large_products_get_large_tiles():
 def test_ranks_are_padded_to_powers_of_two():
     assert [configs.rank_block(r) for r in (1, 16, 17, 33, 128, 129, 256)] == [16, 16, 32, 64, 128, 256, 256]
     assert [configs.rank_step(r) for r in (1, 64, 65, 256)] == [16, 64, 64, 64]
+    assert [configs.rank_step(r, torch.float32) for r in (1, 64, 256)] == [16, 32, 32]
 
 
 @pytest.mark.parametrize("rows", [1, 100, 8192, 200_000])

@@ -57,7 +57,7 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
         "flat": Tile(64, 128, 16, 8, 1),
         "flat on sm_120": Tile(64, 128, 16, 4, 1),
     },
-    ("matmul", "single"): {"twin": Tile(64, 32, 32, 8, 2), "small": Tile(64, 64, 32, 8, 2)},
+    ("matmul", "single"): {"twin": Tile(64, 32, 16, 8, 2), "small": Tile(64, 64, 32, 8, 2)},
     ("matmul", "double"): {"twin": Tile(32, 32, 16, 4, 1), "small": Tile(32, 32, 16, 4, 1)},
     # persistent, through tensor descriptors
     ("descriptor", "half"): {
@@ -110,9 +110,10 @@ def rank_block(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def rank_step(rank: int) -> int:
-    """Width of one step over the rank in the matmul kernels."""
-    return min(MAX_RANK_STEP, rank_block(rank))
+def rank_step(rank: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Width of one step over the rank in the matmul kernels; wider numbers take more registers, so fewer columns."""
+    most = MAX_RANK_STEP if dtype_class(dtype) == "half" else MAX_RANK_STEP // 2
+    return min(most, rank_block(rank))
 
 
 def matmul_tile(rows: int, cols: int, dtype: torch.dtype, device: Device, load: str = "plain") -> Tile:

@@ -221,7 +221,7 @@ def input_backward(
     rows = Rows.of(dy)
     d_out, d_in = weight.shape
     rank = 0 if lora_a is None else lora_a.shape[0]
-    block_r = configs.rank_step(max(rank, 1))
+    block_r = configs.rank_step(max(rank, 1), dy.dtype)
     two_products = gain is not None and dropout.on_base
     load = configs.input_load(rank, dropout.p > 0, two_products, added=not contract)
     tile = tile or configs.matmul_tile(rows.total, d_in, dy.dtype, device_of(dy), load)

@@ -156,7 +156,9 @@ def linear_fwd_kernel(
     m_y = m_m[:, None] & m_n[None, :]
     o_y = o_m.to(tl.int64)[:, None] * N + o_n[None, :]
     b_y = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    if HAS_BASE:  # K is 0 then: the base product is done
+    # K is 0 with a base product, which is done; in float32 it comes last, so that S B^T has a sum of its own
+    BASE_LAST: tl.constexpr = HAS_BASE and x.dtype.element_ty == ACC
+    if HAS_BASE and not BASE_LAST:
         b_y += tl.load(base + o_y, mask=m_y, other=0.0).to(ACC)
     if DORA_DROPOUT:
         b_z = tl.zeros([BLOCK_M, BLOCK_N], ACC)
@@ -179,6 +181,8 @@ def linear_fwd_kernel(
     b_z = add_low_rank(
         b_z, s, b, o_m, o_n, m_m, m_n, R, stride_s, stride_b_n, stride_b_r, RANK_STEPS, BLOCK_R, ACC, PRECISION
     )  # fmt: skip
+    if BASE_LAST:
+        b_z += tl.load(base + o_y, mask=m_y, other=0.0).to(ACC)
     if STORE_Z:
         tl.store(z + o_y, b_z.to(z.dtype.element_ty), mask=m_y)
     if HAS_GAIN:
@@ -304,7 +308,7 @@ def linear(
     rows = Rows.of(x)
     d_out, d_in = weight.shape
     rank = lora_b.shape[1]
-    block_r = configs.rank_step(rank)
+    block_r = configs.rank_step(rank, x.dtype)
     two_products = gain is not None and dropout.on_base
     added = base is not None or not contract
     load = configs.forward_load(gain is not None, delta is not None, two_products, added)
