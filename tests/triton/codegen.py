@@ -22,6 +22,7 @@ from echolora_kernels.ops.dora_norm import triton_norm
 from echolora_kernels.ops.echo_distillation import triton_losses
 from echolora_kernels.ops.echo_lora_linear import configs, triton_backward_launch, triton_descriptors, triton_forward
 from echolora_kernels.ops.echo_lora_linear.dropout import Dropout
+from echolora_kernels.ops.echo_lora_linear.launch import Launch
 from echolora_kernels.ops.echo_networks import triton_launch
 
 SHARED_LIMIT = {
@@ -46,7 +47,7 @@ ROWS, T, WIDTH = 8192, 512, 4096
 
 
 class Recorder:
-    """Stands in for `launch.run` and keeps what it was given."""
+    """Stands in for `launch.run` and `Launch.run`, and keeps what they were given."""
 
     def __init__(self):
         self.launches = []
@@ -58,7 +59,11 @@ class Recorder:
             triton_launch,
             triton_losses,
         ):
-            module.run = self
+            if hasattr(module, "run"):
+                module.run = self
+        Launch.run = lambda planned, device, **tensors: self(
+            planned.kernel, None, device, planned.tile, **planned.arguments(tensors)
+        )
 
     def __call__(self, kernel, grid, device, tile, **arguments):
         self.launches.append((kernel, tile, arguments))

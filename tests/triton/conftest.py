@@ -14,10 +14,36 @@ def _seeded():
 
 
 @pytest.fixture
+def forget():
+    """Call it to have everything planned and chosen anew."""
+    return _forget
+
+
+@pytest.fixture(autouse=True)
+def _planned_anew():
+    _forget()
+    yield
+    _forget()
+
+
+def _forget():
+    from echolora_kernels.ops.echo_lora_linear import (
+        triton_backward_launch,
+        triton_descriptors,
+        triton_forward,
+        triton_products,
+    )
+
+    for module in (triton_forward, triton_backward_launch, triton_descriptors, triton_products):
+        for function in vars(module).values():
+            getattr(function, "cache_clear", lambda: None)()
+
+
+@pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels that are launched."""
     from echolora_kernels.ops.dora_norm import triton_norm
-    from echolora_kernels.ops.echo_lora_linear import launch, triton_backward_launch, triton_forward
+    from echolora_kernels.ops.echo_lora_linear import launch
 
     names = []
 
@@ -25,8 +51,13 @@ def launches(monkeypatch):
         names.append(kernel.fn.__name__)
         launch.run(kernel, grid, *arguments, **options)
 
-    for module in (triton_forward, triton_backward_launch, triton_norm):
-        monkeypatch.setattr(module, "run", record)
+    def record_planned(planned, device, **tensors):
+        names.append(planned.kernel.fn.__name__)
+        run_planned(planned, device, **tensors)
+
+    run_planned = launch.Launch.run
+    monkeypatch.setattr(launch.Launch, "run", record_planned)
+    monkeypatch.setattr(triton_norm, "run", record)
     return names
 
 

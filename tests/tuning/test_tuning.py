@@ -20,6 +20,7 @@ from echolora_kernels.ops.echo_lora_linear import (
 )
 from echolora_kernels.ops.echo_lora_linear.candidates import Entry, Problem, choose, table_for
 from echolora_kernels.ops.echo_lora_linear.configs import Device
+from echolora_kernels.ops.echo_lora_linear.launch import Launch
 from echolora_kernels.tuning import command, run, shapes, table, timing, ways
 from echolora_kernels.tuning.request import Request
 from echolora_kernels.tuning.select import Measured, Result
@@ -40,14 +41,13 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 @pytest.fixture
 def launched(monkeypatch):
     """(kernel, tile) of each launch."""
-    taken = []
-    for module in MODULES[:-1]:
+    taken, run_planned = [], Launch.run
 
-        def record(kernel, grid, device, tile, original=module.run, **arguments):
-            taken.append((kernel.fn.__name__, tile))
-            original(kernel, grid, device, tile, **arguments)
+    def record(planned, device, **tensors):
+        taken.append((planned.kernel.fn.__name__, planned.tile))
+        run_planned(planned, device, **tensors)
 
-        monkeypatch.setattr(module, "run", record)
+    monkeypatch.setattr(Launch, "run", record)
     return taken
 
 

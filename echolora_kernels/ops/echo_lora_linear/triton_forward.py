@@ -13,10 +13,21 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .configs import Tile
+from .configs import Device, Tile
 from .dropout import Dropout
-from .launch import accumulator, device_of, dropout_constants, echo_arguments, input_precision, reduce_partials, run
-from .rows import Rows, accumulator_dtype
+from .launch import (
+    Kind,
+    Launch,
+    accumulator,
+    device_of,
+    dropout_constants,
+    echo_strides,
+    input_precision,
+    kind,
+    planned,
+    strides,
+)
+from .rows import accumulator_dtype
 from .triton_blocks import add_low_rank, add_outside_gain, dropped, row_offsets, swizzled_tile
 
 
@@ -220,48 +231,66 @@ def shrink(
     Returns:
         S, [n * T, r], in x's dtype, contiguous.
     """
-    rows, device = Rows.of(x), device_of(x)
-    rank, width = a.shape
-    block_r = configs.rank_block(rank)
-    tile = tile or configs.shrink_tile(block_r, x.dtype, device.arch)
-    splits = splits or configs.shrink_splits(tile, rows.total, width, device.processors)
+    plan, splits = _shrink_plan(
+        kind(x), kind(a), strides(gain), strides(delta), strides(mask), float(scaling), dropout.p, site, tile, splits,
+        device_of(x), input_precision(x.dtype),
+    )  # fmt: skip
+    out_dtype = x.dtype if splits == 1 else accumulator_dtype(x.dtype)
+    s = x.new_empty((splits, x.shape[0] * x.shape[1], a.shape[0]), dtype=out_dtype)
+    plan.run(x.device, x=x, a=a, gain=gain, delta=delta, mask=mask, seed=dropout.seed, s=s)
+    return s[0] if splits == 1 else s.sum(0).to(x.dtype)
+
+
+@planned
+def _shrink_plan(
+    x: Kind,
+    a: Kind,
+    gain: tuple[int, ...] | None,
+    delta: tuple[int, ...] | None,
+    mask: tuple[int, ...] | None,
+    scaling: float,
+    dropout_p: float,
+    site: str,
+    tile: Tile | None,
+    splits: int | None,
+    device: Device,
+    precision: str,
+) -> tuple[Launch, int]:
+    """F1's launch and its number of splits; the first two are kinds, the next three strides."""
+    (samples, length, width), x_strides, dtype = x
+    (rank, _), a_strides, _ = a
+    rows, block_r = samples * length, configs.rank_block(rank)
+    tile = tile or configs.shrink_tile(block_r, dtype, device.arch)
+    splits = splits or configs.shrink_splits(tile, rows, width, device.processors)
     per_split = configs.per_split(width, tile.inner, splits)
     splits = max(1, -(-width // per_split))
-    out_dtype = x.dtype if splits == 1 else accumulator_dtype(x.dtype)
-    s = x.new_empty((splits, rows.total, rank), dtype=out_dtype)
-    run(
+    launch = Launch(
         shrink_fwd_kernel,
-        (-(-rows.total // tile.rows), splits),
-        x.device,
+        (-(-rows // tile.rows), splits),
         tile,
-        x=x,
-        a=a,
-        gain=gain,
-        **echo_arguments(delta, mask),
-        seed=dropout.seed,
-        s=s,
-        M=rows.total,
-        T=rows.per_sample,
+        M=rows,
+        T=max(1, length),
         K=width,
         R=rank,
         K_PER_SPLIT=per_split,
-        stride_x_n=x.stride(0),
-        stride_x_t=x.stride(1),
-        stride_x_k=x.stride(2),
-        stride_a_r=a.stride(0),
-        stride_a_k=a.stride(1),
-        stride_gain=0 if gain is None else gain.stride(0),
-        SCALING=float(scaling),
-        **dropout_constants(dropout),
+        stride_x_n=x_strides[0],
+        stride_x_t=x_strides[1],
+        stride_x_k=x_strides[2],
+        stride_a_r=a_strides[0],
+        stride_a_k=a_strides[1],
+        stride_gain=0 if gain is None else gain[0],
+        **echo_strides(delta, mask),
+        SCALING=scaling,
+        **dropout_constants(dropout_p),
         HAS_GAIN=gain is not None,
         SITE=site,
         BLOCK_M=tile.rows,
         BLOCK_K=tile.inner,
         BLOCK_R=block_r,
-        ACC=accumulator(x.dtype),
-        PRECISION=input_precision(x.dtype),
+        ACC=accumulator(dtype),
+        PRECISION=precision,
     )
-    return reduce_partials(s).to(x.dtype)
+    return launch, splits
 
 
 def linear(
@@ -301,53 +330,72 @@ def linear(
     Returns:
         y, and z [n * T, N] or None: contiguous, in x's dtype.
     """
-    rows = Rows.of(x)
-    d_out, d_in = weight.shape
-    rank = lora_b.shape[1]
-    block_r = configs.rank_step(rank)
-    two_products = gain is not None and dropout.on_base
-    added = base is not None or not contract
-    load = configs.forward_load(gain is not None, delta is not None, two_products, added)
-    tile = tile or configs.matmul_tile(rows.total, d_out, x.dtype, device_of(x), load)
-    y = x.new_empty(shape or (rows.total, d_out)) if out is None else out
+    total, d_out = x.shape[0] * x.shape[1], weight.shape[0]
+    plan = _linear_plan(
+        kind(x), kind(weight), s.stride(), kind(lora_b), strides(bias), gain is not None, strides(delta), strides(mask),
+        dropout.p if gain is not None and dropout.on_base else 0.0, store_z, base is not None, contract, tile,
+        device_of(x), input_precision(x.dtype),
+    )  # fmt: skip
+    y = x.new_empty(shape or (total, d_out)) if out is None else out
     z = None
     if store_z:
-        z = x.new_empty((rows.total, d_out)) if base is None else base
-    constants = dropout_constants(dropout if two_products else Dropout())
+        z = x.new_empty((total, d_out)) if base is None else base
+    plan.run(
+        x.device, x=x, w=weight, s=s, b=lora_b, bias=bias, gain=gain, delta=delta, mask=mask, seed=dropout.seed,
+        base=base, y=y, z=z,
+    )  # fmt: skip
+    return y, z
+
+
+@planned
+def _linear_plan(
+    x: Kind,
+    weight: Kind,
+    s: tuple[int, ...],
+    lora_b: Kind,
+    bias: tuple[int, ...] | None,
+    has_gain: bool,
+    delta: tuple[int, ...] | None,
+    mask: tuple[int, ...] | None,
+    dora_dropout_p: float,
+    store_z: bool,
+    has_base: bool,
+    contract: bool,
+    tile: Tile | None,
+    device: Device,
+    precision: str,
+) -> Launch:
+    """F2's launch; x, weight and lora_b are kinds, the other tensors strides."""
+    (samples, length, _), x_strides, dtype = x
+    (d_out, d_in), w_strides, _ = weight
+    (_, rank), b_strides, _ = lora_b
+    rows, block_r = samples * length, configs.rank_step(rank)
+    load = configs.forward_load(has_gain, delta is not None, dora_dropout_p > 0, has_base or not contract)
+    tile = tile or configs.matmul_tile(rows, d_out, dtype, device, load)
+    constants = dropout_constants(dora_dropout_p)
     constants["DORA_DROPOUT"] = constants.pop("DROPOUT")
-    run(
+    return Launch(
         linear_fwd_kernel,
-        (-(-rows.total // tile.rows) * -(-d_out // tile.cols),),
-        x.device,
+        (-(-rows // tile.rows) * -(-d_out // tile.cols),),
         tile,
-        x=x,
-        w=weight,
-        s=s,
-        b=lora_b,
-        bias=bias,
-        gain=gain,
-        **echo_arguments(delta, mask),
-        seed=dropout.seed,
-        base=base,
-        y=y,
-        z=z,
-        M=rows.total,
-        T=rows.per_sample,
-        K=d_in if contract and base is None else 0,
+        M=rows,
+        T=max(1, length),
+        K=d_in if contract and not has_base else 0,
         N=d_out,
         R=rank,
-        stride_x_n=x.stride(0),
-        stride_x_t=x.stride(1),
-        stride_x_k=x.stride(2),
-        stride_w_n=weight.stride(0),
-        stride_w_k=weight.stride(1),
-        stride_s=s.stride(0),
-        stride_b_n=lora_b.stride(0),
-        stride_b_r=lora_b.stride(1),
-        stride_bias=0 if bias is None else bias.stride(0),
+        stride_x_n=x_strides[0],
+        stride_x_t=x_strides[1],
+        stride_x_k=x_strides[2],
+        stride_w_n=w_strides[0],
+        stride_w_k=w_strides[1],
+        stride_s=s[0],
+        stride_b_n=b_strides[0],
+        stride_b_r=b_strides[1],
+        stride_bias=0 if bias is None else bias[0],
+        **echo_strides(delta, mask),
         **constants,
-        HAS_BASE=base is not None,
-        HAS_GAIN=gain is not None,
+        HAS_BASE=has_base,
+        HAS_GAIN=has_gain,
         HAS_BIAS=bias is not None,
         HAS_DELTA=delta is not None,
         STORE_Z=store_z,
@@ -357,7 +405,6 @@ def linear(
         BLOCK_R=block_r,
         RANK_STEPS=-(-rank // block_r),
         GROUP=configs.GROUP,
-        ACC=accumulator(x.dtype),
-        PRECISION=input_precision(x.dtype),
+        ACC=accumulator(dtype),
+        PRECISION=precision,
     )
-    return y, z
