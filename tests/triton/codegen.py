@@ -95,9 +95,10 @@ def source(kernel, arguments):
 
 
 def inspect(compiled):
-    """Registers, spills and matrix instructions of a compiled CUDA kernel."""
+    """Registers, spills and matrix instructions of a compiled CUDA kernel, and how many products go on from a sum."""
+    chained = _chained(compiled.asm["ttgir"])
     if "cubin" not in compiled.asm:
-        return {"mfma": len(re.findall(r"v_mfma", compiled.asm["amdgcn"]))}
+        return {"mfma": len(re.findall(r"v_mfma", compiled.asm["amdgcn"])), "chained": chained}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -108,7 +109,13 @@ def inspect(compiled):
         for name in ("HGMMA", "HMMA", "LDL", "STL", "UTCHMMA", "UTMALDG", "UTMASTG")
     }
     registers = re.search(r"REG:(\d+)", usage)
-    return {"registers": int(registers.group(1)) if registers else None, **count}
+    return {"registers": int(registers.group(1)) if registers else None, "chained": chained, **count}
+
+
+def _chained(code):
+    """Products that do not start from zero; Hopper's on its matrix units are not among them."""
+    zeros = set(re.findall(r"(%\w+) = arith\.constant dense<0\.0", code))
+    return sum(start not in zeros for start in re.findall(r" = tt\.dot %[\w#]+, %[\w#]+, (%[\w#]+)", code))
 
 
 def _output(program, *arguments):

@@ -59,7 +59,7 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
         "flat": Tile(64, 128, 16, 8, 1),
         "flat on sm_120": Tile(64, 128, 16, 4, 1),
     },
-    ("matmul", "single"): {"twin": Tile(64, 32, 16, 8, 2), "small": Tile(64, 64, 32, 8, 2)},
+    ("matmul", "single"): {"twin": Tile(64, 32, 32, 8, 2), "small": Tile(64, 64, 32, 8, 2)},
     ("matmul", "double"): {"twin": Tile(32, 32, 16, 4, 1), "small": Tile(32, 32, 16, 4, 1)},
     # through tensor descriptors
     ("descriptor", "half"): {
@@ -79,7 +79,7 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
     ("shrink", "single"): {"thin": Tile(32, 0, 32, 4, 2), "thick": Tile(32, 0, 16, 8, 1)},
     ("shrink", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
     ("adapter_bwd", "half"): {"thin": Tile(256, 0, 32, 8, 3), "thick": Tile(64, 0, 32, 8, 2)},
-    ("adapter_bwd", "single"): {"thin": Tile(32, 0, 16, 4, 2), "thick": Tile(32, 0, 16, 8, 1)},
+    ("adapter_bwd", "single"): {"thin": Tile(32, 0, 16, 8, 2), "thick": Tile(32, 0, 16, 8, 1)},
     ("adapter_bwd", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
     ("lora_a_bwd", "half"): {"thin": Tile(0, 128, 64, 8, 3), "thick": Tile(0, 64, 32, 8, 2)},
     ("lora_a_bwd", "single"): {"thin": Tile(0, 32, 32, 4, 2), "thick": Tile(0, 32, 16, 8, 1)},

@@ -28,7 +28,7 @@ from .launch import (
     strides,
 )
 from .rows import accumulator_dtype
-from .triton_blocks import add_low_rank, add_outside_gain, dropped, row_offsets, swizzled_tile
+from .triton_blocks import add_dot, add_low_rank, add_outside_gain, dropped, row_offsets, swizzled_tile
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def shrink_fwd_kernel(
         b_a = tl.load(p_a[None, :] + o_k[:, None] * stride_a_k, mask=m_k[:, None] & m_r[None, :], other=0.0)
         if HAS_GAIN:  # backward of DoRA: the contraction runs over outputs, each with its own gain
             b_a = b_a.to(ACC) * tl.load(gain + o_k * stride_gain, mask=m_k, other=0.0)[:, None]
-        b_s = tl.dot(b_in.to(b_x.dtype), b_a.to(b_x.dtype), b_s, input_precision=PRECISION, out_dtype=ACC)
+        b_s = add_dot(b_s, b_in.to(b_x.dtype), b_a.to(b_x.dtype), ACC, PRECISION)
 
     if SITE == "rank" and i_split == 0:
         m_s = m_m[:, None] & m_r[None, :]
@@ -178,10 +178,10 @@ def linear_fwd_kernel(
         o_k = o_k.to(tl.int64)
         b_x = tl.load(p_x[:, None] + o_k[None, :] * stride_x_k, mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_w = tl.load(p_w[None, :] + o_k[:, None] * stride_w_k, mask=m_k[:, None] & m_n[None, :], other=0.0)
-        b_y = tl.dot(b_x, b_w, b_y, input_precision=PRECISION, out_dtype=ACC)
+        b_y = add_dot(b_y, b_x, b_w, ACC, PRECISION)
         if DORA_DROPOUT:
             b_dropped = dropped(b_x, seed_value, o_m, i_k, K, DROP_BELOW, KEEP_SCALE, BLOCK_M, BLOCK_K)
-            b_z = tl.dot(b_dropped.to(b_x.dtype), b_w, b_z, input_precision=PRECISION, out_dtype=ACC)
+            b_z = add_dot(b_z, b_dropped.to(b_x.dtype), b_w, ACC, PRECISION)
     if DORA_DROPOUT:
         b_y -= b_z  # the frozen layer on x - drop(x), which no gain scales
     else:
