@@ -37,7 +37,7 @@ def adapter_backward(
 
     Args:
         dy: [n, T, N], any strides, also expanded ones; never written.
-        s: what `shrink` returned; only for need_lora_b. lora_b: [N, r]. scaling: s of the formula.
+        s: what `shrink` returned; for need_lora_b and need_gain. lora_b: [N, r]. scaling: s of the formula.
         gain, z: DoRA's factor [N] and what `linear` returned beside y; z only for need_gain.
         mask: [n, T], for need_delta.
         need_*: which gradients.
@@ -113,6 +113,7 @@ def adapter_backward(
         NEED_DBIAS=need_bias,
         NEED_DGAIN=need_gain,
         NEED_DDELTA=need_delta,
+        STAGES=tile.num_stages,
         BLOCK_M=tile.inner,
         BLOCK_N=tile.rows,
         BLOCK_R=block_r,

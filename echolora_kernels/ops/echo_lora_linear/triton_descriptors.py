@@ -72,12 +72,12 @@ def linear_descriptor_fwd_kernel(
         for i_k in range(0, K, BLOCK_K):
             b_x, b_w = x.load([i_row, i_k]), w.load([i_col, i_k])
             b_z = tl.dot(b_x, b_w.T, b_z, input_precision=PRECISION, out_dtype=ACC)
-        b_z = add_low_rank(
-            b_z, s, b, o_m, o_n, m_m, m_n, R, stride_s, stride_b_n, stride_b_r, RANK_STEPS, BLOCK_R, ACC, PRECISION
-        )  # fmt: skip
         if STORE_Z:
             o_z = o_m.to(tl.int64)[:, None] * N + o_n[None, :]
             tl.store(z + o_z, b_z.to(z.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+        b_z = add_low_rank(
+            b_z, s, b, o_m, o_n, m_m, m_n, R, stride_s, stride_b_n, stride_b_r, RANK_STEPS, BLOCK_R, ACC, PRECISION
+        )  # fmt: skip
         if HAS_GAIN:
             b_z *= tl.load(gain + o_n, mask=m_n, other=0.0).to(ACC)[None, :]
         b_z = add_outside_gain(

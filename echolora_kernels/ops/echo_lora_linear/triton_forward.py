@@ -176,11 +176,11 @@ def linear_fwd_kernel(
     else:
         b_z = b_y
 
+    if STORE_Z:
+        tl.store(z + o_y, b_z.to(z.dtype.element_ty), mask=m_y)
     b_z = add_low_rank(
         b_z, s, b, o_m, o_n, m_m, m_n, R, stride_s, stride_b_n, stride_b_r, RANK_STEPS, BLOCK_R, ACC, PRECISION
     )  # fmt: skip
-    if STORE_Z:
-        tl.store(z + o_y, b_z.to(z.dtype.element_ty), mask=m_y)
     if HAS_GAIN:
         b_z *= tl.load(gain + o_n, mask=m_n, other=0.0).to(ACC)[None, :]
     if DORA_DROPOUT:
@@ -291,15 +291,15 @@ def linear(
         bias, gain: [N] or None; gain is contiguous.
         delta, mask: the echo at the output, [n, N] and [n, T], or None.
         dropout: probability and seed; it only matters with a gain.
-        store_z: also return z, which the magnitude's gradient needs.
+        store_z: also return z without S B^T, which the magnitude's gradient needs.
         shape: of y; None is [n * T, N]. autograd wants a result that is no view.
-        base: x W0^T, [n * T, N], contiguous, where the vendor's GEMM computed it; becomes z where that is stored.
+        base: x W0^T, [n * T, N], contiguous, where the vendor's GEMM computed it; z is base itself then.
         contract: False leaves x W0^T out of z, for the vendor's GEMM to add.
         out: where y goes, contiguous, maybe base; None makes it.
         tile: launch config; None chooses.
 
     Returns:
-        y, and z [n * T, N] or None: contiguous, in x's dtype.
+        y, and z [n * T, N], without S B^T, or None: contiguous, in x's dtype.
     """
     rows = Rows.of(x)
     d_out, d_in = weight.shape
@@ -310,9 +310,7 @@ def linear(
     load = configs.forward_load(gain is not None, delta is not None, two_products, added)
     tile = tile or configs.matmul_tile(rows.total, d_out, x.dtype, device_of(x), load)
     y = x.new_empty(shape or (rows.total, d_out)) if out is None else out
-    z = None
-    if store_z:
-        z = x.new_empty((rows.total, d_out)) if base is None else base
+    z = x.new_empty((rows.total, d_out)) if store_z and base is None else None
     constants = dropout_constants(dropout if two_products else Dropout())
     constants["DORA_DROPOUT"] = constants.pop("DROPOUT")
     run(
@@ -350,7 +348,7 @@ def linear(
         HAS_GAIN=gain is not None,
         HAS_BIAS=bias is not None,
         HAS_DELTA=delta is not None,
-        STORE_Z=store_z,
+        STORE_Z=z is not None,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.cols,
         BLOCK_K=tile.inner,
@@ -360,4 +358,4 @@ def linear(
         ACC=accumulator(x.dtype),
         PRECISION=input_precision(x.dtype),
     )
-    return y, z
+    return y, base if store_z and base is not None else z
