@@ -27,14 +27,24 @@ def _planned_anew():
 
 
 def _forget():
+    from echolora_kernels.ops.dora_norm import triton_norm
     from echolora_kernels.ops.echo_lora_linear import (
         triton_backward_launch,
         triton_descriptors,
-        triton_forward,
+        triton_forward_launch,
         triton_products,
+        triton_scale,
     )
 
-    for module in (triton_forward, triton_backward_launch, triton_descriptors, triton_products):
+    modules = (
+        triton_norm,
+        triton_forward_launch,
+        triton_backward_launch,
+        triton_descriptors,
+        triton_products,
+        triton_scale,
+    )
+    for module in modules:
         for function in vars(module).values():
             getattr(function, "cache_clear", lambda: None)()
 
@@ -42,22 +52,15 @@ def _forget():
 @pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels that are launched."""
-    from echolora_kernels.ops.dora_norm import triton_norm
-    from echolora_kernels.ops.echo_lora_linear import launch
+    from echolora_kernels.ops.echo_lora_linear.launch import Launch
 
-    names = []
+    names, run = [], Launch.run
 
-    def record(kernel, grid, *arguments, **options):
-        names.append(kernel.fn.__name__)
-        launch.run(kernel, grid, *arguments, **options)
-
-    def record_planned(planned, device, **tensors):
+    def record(planned, device, **tensors):
         names.append(planned.kernel.fn.__name__)
-        run_planned(planned, device, **tensors)
+        run(planned, device, **tensors)
 
-    run_planned = launch.Launch.run
-    monkeypatch.setattr(launch.Launch, "run", record_planned)
-    monkeypatch.setattr(triton_norm, "run", record)
+    monkeypatch.setattr(Launch, "run", record)
     return names
 
 

@@ -15,7 +15,7 @@ from echolora_kernels.ops.echo_lora_linear import (
     candidates,
     triton_backward_launch,
     triton_descriptors,
-    triton_forward,
+    triton_forward_launch,
     triton_products,
 )
 from echolora_kernels.ops.echo_lora_linear.candidates import Entry, Problem, choose, table_for
@@ -32,7 +32,7 @@ LLAMA = Problem("forward", 8192, 4096, 4096, 16, "bfloat16", "sm_90")
 TINY = Problem("forward", 24, 40, 32, 4, "float16", "cpu")
 DRY = ("--dry-run", "--method", "lora", "--shapes", "smollm2-135m")
 
-MODULES = (triton_forward, triton_backward_launch, triton_descriptors, triton_products)
+MODULES = (triton_forward_launch, triton_backward_launch, triton_descriptors, triton_products)
 
 needs_triton = pytest.mark.skipif(why_not("triton") is not None, reason=f"triton: {why_not('triton')}")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -17,6 +17,10 @@ MAX_RANK_STEP = 64
 MAX_RANK = 256
 # above this rank, partial sums of dS would take longer than a second read of dY (measured on an H100)
 ONE_PASS_RANK = 32
+# the rank enters D0, where each float32 operand is held as two, in smaller steps
+MAX_NORM_RANK_STEP = 32
+# programs that share one row's norm in D0, whose partial sums one block holds
+MAX_NORM_SPLITS = 16
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,12 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
     ("lora_a_bwd", "half"): {"thin": Tile(0, 128, 64, 8, 3), "thick": Tile(0, 64, 32, 8, 2)},
     ("lora_a_bwd", "single"): {"thin": Tile(0, 32, 32, 4, 2), "thick": Tile(0, 32, 16, 8, 1)},
     ("lora_a_bwd", "double"): {"thin": Tile(0, 16, 16, 4, 1), "thick": Tile(0, 16, 16, 4, 1)},
-    ("dora_norm", "half"): {"thin": Tile(32, 0, 64, 4, 2)},
-    ("dora_norm", "single"): {"thin": Tile(32, 0, 32, 4, 2)},
+    ("dora_norm", "half"): {"thin": Tile(64, 0, 64, 4, 3)},
+    ("dora_norm", "single"): {"thin": Tile(64, 0, 64, 4, 3)},
     ("dora_norm", "double"): {"thin": Tile(16, 0, 16, 4, 1)},
+    ("scale", "half"): {"square": Tile(64, 64, 0, 4, 1)},
+    ("scale", "single"): {"square": Tile(64, 64, 0, 4, 1)},
+    ("scale", "double"): {"square": Tile(32, 32, 0, 4, 1)},
 }
 
 # shared memory per block of at least 160 KB: room for the large pipelines
@@ -219,6 +226,11 @@ def dora_norm_tile(dtype: torch.dtype, arch: str) -> Tile:
     return candidates("dora_norm", dtype, arch)["thin"]
 
 
+def scale_tile(dtype: torch.dtype, arch: str) -> Tile:
+    """Tile of the product of a matrix and a factor per row: square, so that either side may be the contiguous one."""
+    return candidates("scale", dtype, arch)["square"]
+
+
 def _by_rank(kernel: str, block_r: int, dtype: torch.dtype, arch: str) -> Tile:
     return candidates(kernel, dtype, arch)["thin" if block_r <= 64 else "thick"]
 
@@ -230,6 +242,12 @@ def shrink_splits(tile: Tile, rows: int, width: int, processors: int) -> int:
     """
     row_tiles = max(1, -(-rows // tile.rows))
     return max(1, min(processors // (2 * row_tiles), width // (8 * tile.inner)))
+
+
+def dora_norm_splits(tile: Tile, rows: int, width: int, processors: int) -> int:
+    """Programs that share one row's norm in D0: four a processor, each with at least 4 steps; `MAX_NORM_SPLITS`."""
+    row_tiles = max(1, -(-rows // tile.rows))
+    return max(1, min(4 * processors // row_tiles, width // (4 * tile.inner), MAX_NORM_SPLITS))
 
 
 def reduction_splits(n_tiles: int, steps: int, processors: int) -> int:

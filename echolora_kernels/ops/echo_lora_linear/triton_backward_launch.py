@@ -23,7 +23,7 @@ from .launch import (
 )
 from .rows import accumulator_dtype, one_sample
 from .triton_backward import adapter_bwd_kernel, input_bwd_kernel, lora_a_bwd_kernel
-from .triton_forward import shrink
+from .triton_forward_launch import shrink
 
 
 def adapter_backward(
@@ -49,7 +49,7 @@ def adapter_backward(
 
     Args:
         dy: [n, T, N], any strides, also expanded ones; never written.
-        s: what `shrink` returned; only for need_lora_b. lora_b: [N, r]. scaling: s of the formula.
+        s: what `shrink` returned; for need_lora_b and need_gain. lora_b: [N, r]. scaling: s of the formula.
         gain, z: DoRA's factor [N] and what `linear` returned beside y; z only for need_gain.
         mask: [n, T], for need_delta.
         need_*: which gradients.
@@ -140,6 +140,7 @@ def _adapter_plan(
         NEED_DBIAS=need_bias,
         NEED_DGAIN=need_gain,
         NEED_DDELTA=need_delta,
+        STAGES=tile.num_stages,
         BLOCK_M=tile.inner,
         BLOCK_N=tile.rows,
         BLOCK_R=block_r,

@@ -1,6 +1,6 @@
 """The two large products for Hopper and newer: tiles come through tensor descriptors (TMA).
 
-Same results and arguments as `triton_forward.linear` and `triton_backward_launch.input_backward`. With a persistent
+Same results and arguments as `triton_forward_launch.linear` and `triton_backward_launch.input_backward`. With a persistent
 tile, each program walks over many output tiles; else each has one, and two of them share a processor. What is thin
 (S, A, B, vectors) comes through pointers: any rank, any adapter dtype.
 """
@@ -77,17 +77,20 @@ def _linear_tile(
     o_m, o_n = i_row + tl.arange(0, BLOCK_M), i_col + tl.arange(0, BLOCK_N)
     m_m, m_n = o_m < M, o_n < N
 
-    # first, while the first tiles of x and W0 are on their way
     b_z = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    b_z = add_low_rank(
-        b_z, s, b, o_m, o_n, m_m, m_n, R, stride_s, stride_b_n, stride_b_r, RANK_STEPS, BLOCK_R, ACC, PRECISION
-    )  # fmt: skip
+    if not STORE_Z:  # while the first tiles of x and W0 are on their way
+        b_z = add_low_rank(
+            b_z, s, b, o_m, o_n, m_m, m_n, R, stride_s, stride_b_n, stride_b_r, RANK_STEPS, BLOCK_R, ACC, PRECISION
+        )  # fmt: skip
     for i_k in range(0, K, BLOCK_K):
         b_x, b_w = x.load([i_row, i_k]), w.load([i_col, i_k])
         b_z = tl.dot(b_x, b_w.T, b_z, input_precision=PRECISION, out_dtype=ACC)
     if STORE_Z:
         o_z = o_m.to(tl.int64)[:, None] * N + o_n[None, :]
         tl.store(z + o_z, b_z.to(z.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+        b_z = add_low_rank(
+            b_z, s, b, o_m, o_n, m_m, m_n, R, stride_s, stride_b_n, stride_b_r, RANK_STEPS, BLOCK_R, ACC, PRECISION
+        )  # fmt: skip
     if HAS_GAIN:
         b_z *= tl.load(gain + o_n, mask=m_n, other=0.0).to(ACC)[None, :]
     b_z = add_outside_gain(
@@ -267,7 +270,7 @@ def linear_by_descriptors(
 
     Args:
         x: [n, T, K] that merges into one [rows, K] matrix; it and weight [N, K] `describable`.
-        the others: as in `triton_forward.linear`.
+        the others: as in `triton_forward_launch.linear`.
     """
     total, d_out = x.shape[0] * x.shape[1], weight.shape[0]
     plan = _linear_plan(

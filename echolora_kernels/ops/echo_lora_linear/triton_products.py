@@ -17,7 +17,8 @@ from .projection import Projection
 from .rows import add_product, flat, one_sample, without_autocast
 from .triton_backward_launch import input_backward
 from .triton_descriptors import describable, input_by_descriptors, linear_by_descriptors
-from .triton_forward import linear
+from .triton_forward_launch import linear
+from .triton_scale import scale_rows
 
 
 def linear_product(
@@ -35,7 +36,7 @@ def linear_product(
     shape: tuple[int, ...],
     choice: Choice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """F2 by any candidate; arguments and results as those of `triton_forward.linear`. None chooses `choice`."""
+    """F2 by any candidate; arguments and results as those of `triton_forward_launch.linear`. None chooses `choice`."""
     rank = lora_b.shape[1]
     choice = choice or _choice("forward", x, weight, rank, gain, dropout)
     rich, two_products = gain is not None or delta is not None, gain is not None and dropout.on_base
@@ -76,12 +77,11 @@ def expand(
     in_place: bool,
     store_z: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """F2 behind a finished product, base, which only `store_z` has to copy; arguments as `Kernels` says."""
-    product = base.clone() if store_z else base
+    """F2 behind a finished product, base; arguments as `Kernels` says."""
     out = base if in_place else None
     # nothing is contracted, so x and weight say no more than the sizes
     return linear(
-        base.unsqueeze(0), lora_b, s, lora_b, bias=bias, gain=gain, dropout=Dropout(), store_z=store_z, base=product,
+        base.unsqueeze(0), lora_b, s, lora_b, bias=bias, gain=gain, dropout=Dropout(), store_z=store_z, base=base,
         out=out,
     )  # fmt: skip
 
@@ -120,7 +120,7 @@ def input_product(
     load = configs.input_load(rank, dropout.p > 0, added=True)
     tile = _tile(choice, "matmul", configs.matmul_tiles(load), dy)
     dx = input_backward(dy, weight, ds, lora_a, dropout=dropout, contract=False, tile=tile)
-    return add_product(dx, flat(dy), weight, gain)
+    return _add_product(dx, flat(dy), weight, gain)
 
 
 def group_input_product(
@@ -152,8 +152,17 @@ def group_input_product(
         if _choice("input-gradient", dy, p.weight, len(p.lora_a), gain, dropout).candidate == "fused":
             input_backward(dy, p.weight, None, None, dropout=Dropout(), gain=gain, base=dx)
         else:
-            add_product(dx, flat(dy), p.weight, gain)
+            _add_product(dx, flat(dy), p.weight, gain)
     return dx
+
+
+def _add_product(dx: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
+    """`add_product` with the gain, on the smaller of the two, by a kernel that reads and writes it once."""
+    if gain is not None and dy.numel() < weight.numel():
+        dy = scale_rows(dy.t(), gain).t()
+    elif gain is not None:
+        weight = scale_rows(weight, gain)
+    return add_product(dx, dy, weight, None)
 
 
 def _choice(
