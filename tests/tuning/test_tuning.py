@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -283,6 +284,24 @@ def test_a_failing_way_does_not_end_the_rest(monkeypatch):
     found = run.measure(replace(TINY, product="input-gradient"), torch.device("cpu"), CPU, 1, 1)
     assert found.fastest.way.candidate == "fused"
     assert {each.problem for each in found.measured} == {None, "RuntimeError: out of"}
+
+
+def test_threads_have_the_context_of_the_device(monkeypatch):
+    """Each has launched something on it before a way."""
+    begun, zeros = set(), torch.zeros
+
+    def launched(*sizes, **options):
+        begun.add(threading.get_ident())
+        return zeros(*sizes, **options)
+
+    def attempt(product, way):
+        assert threading.get_ident() in begun
+        raise RuntimeError("only asked")
+
+    monkeypatch.setattr(torch, "zeros", launched)
+    monkeypatch.setattr(ways.Product, "run", attempt)
+    found = run.measure(TINY, torch.device("cpu"), CPU, 1, 2)
+    assert {each.problem for each in found.measured} == {"RuntimeError: only asked"}
 
 
 def test_actions_take_turns():
