@@ -50,6 +50,7 @@ def adapter_bwd_kernel(
     NEED_DBIAS: tl.constexpr,
     NEED_DGAIN: tl.constexpr,
     NEED_DDELTA: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -65,19 +66,21 @@ def adapter_bwd_kernel(
     m_b = m_n[:, None] & m_r[None, :]
     if HAS_GAIN:
         b_gain = tl.load(gain + o_n, mask=m_n, other=0.0).to(ACC)
+    p_b = b + o_n[:, None] * stride_b_n + o_r[None, :].to(tl.int64) * stride_b_r
     if NEED_DS:
-        p_b = b + o_n[:, None] * stride_b_n + o_r[None, :].to(tl.int64) * stride_b_r
         b_b = tl.load(p_b, mask=m_b, other=0.0).to(ACC)
         if HAS_GAIN:  # on B once, instead of on every block of dY
             b_b *= b_gain[:, None]
         b_b = b_b.to(dy.dtype.element_ty)
     b_db = tl.zeros([BLOCK_N, BLOCK_R], ACC)
-    b_dbias = tl.zeros([BLOCK_N], ACC)
-    b_dgain = tl.zeros([BLOCK_N], ACC)
+    # whole tiles are added up and reduced once, after the loop
+    b_dbias = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    b_dgain = tl.zeros([BLOCK_M, BLOCK_N], ACC)
 
     tiles_per_sample = tl.cdiv(T, BLOCK_M)
     i_first = tl.program_id(1) * TILES_PER_SPLIT
-    for i_tile in range(i_first, min(i_first + TILES_PER_SPLIT, N_TILES)):
+    # an explicit num_stages also prefetches z, which feeds no dot
+    for i_tile in tl.range(i_first, min(i_first + TILES_PER_SPLIT, N_TILES), num_stages=STAGES):
         # no tile straddles two samples, so that a tile's sum belongs to one row of Delta
         i_sample = (i_tile // tiles_per_sample).to(tl.int64)
         i_in_sample = i_tile % tiles_per_sample
@@ -93,14 +96,14 @@ def adapter_bwd_kernel(
             b_ds = tl.dot(b_dy, b_b, input_precision=PRECISION, out_dtype=ACC) * SCALING
             p_ds = ds + (i_n.to(tl.int64) * M + o_m)[:, None] * R + o_r[None, :]
             tl.store(p_ds, b_ds.to(ds.dtype.element_ty), mask=m_s)
-        if NEED_DB:
+        if NEED_DB or NEED_DGAIN:
             b_s = tl.load(s + o_m[:, None] * stride_s + o_r[None, :], mask=m_s, other=0.0)
             b_db = add_dot(b_db, tl.trans(b_dy), b_s, ACC, PRECISION)
         if NEED_DBIAS:
-            b_dbias += tl.sum(b_dy.to(ACC), 0)
+            b_dbias += b_dy.to(ACC)
         if NEED_DGAIN:
             b_z = tl.load(z + o_m[:, None] * N + o_n[None, :], mask=m_dy, other=0.0)
-            b_dgain += tl.sum(b_dy.to(ACC) * b_z.to(ACC), 0)
+            b_dgain += b_dy.to(ACC) * b_z.to(ACC)
         if NEED_DDELTA:
             p_mask = mask + i_sample * stride_mask_n + o_t * stride_mask_t
             b_mask = tl.load(p_mask, mask=m_t, other=0).to(ACC)
@@ -108,14 +111,15 @@ def adapter_bwd_kernel(
             tl.store(ddelta + (i_sample * tiles_per_sample + i_in_sample) * N + o_n, b_ddelta, mask=m_n)
 
     o_out = i_split * N + o_n
+    if NEED_DBIAS:
+        tl.store(dbias + o_out, tl.sum(b_dbias, 0), mask=m_n)
+    if NEED_DGAIN:  # z comes without S B^T
+        b_b = tl.load(p_b, mask=m_b, other=0.0).to(dy.dtype.element_ty).to(ACC)
+        tl.store(dgain + o_out, tl.sum(b_dgain, 0) + tl.sum(b_db * b_b, 1), mask=m_n)
     if NEED_DB:
         if HAS_GAIN:
             b_db *= b_gain[:, None]
         tl.store(db + o_out[:, None] * R + o_r[None, :], b_db, mask=m_b)
-    if NEED_DBIAS:
-        tl.store(dbias + o_out, b_dbias, mask=m_n)
-    if NEED_DGAIN:
-        tl.store(dgain + o_out, b_dgain, mask=m_n)
 
 
 @triton.jit
