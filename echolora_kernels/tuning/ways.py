@@ -155,8 +155,9 @@ class Product:
             if self.problem.dora:
                 rows = (rows * gain).to(dtype)
             return (rows @ weight + inner @ thin,)
-        z = rows @ weight.t() + inner @ thin.t()
-        return ((z * gain).to(dtype), z) if self.problem.dora else (z,)
+        base = rows @ weight.t()
+        y = base + inner @ thin.t()
+        return ((y * gain).to(dtype), base) if self.problem.dora else (y,)
 
     def _poison(self) -> None:
         """NaN where the next results are likely to be allocated: what a kernel leaves unwritten shows."""

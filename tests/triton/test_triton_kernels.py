@@ -13,7 +13,7 @@ from echolora_kernels.ops.echo_lora_linear.triton_backward_launch import (
     input_backward,
     lora_a_backward,
 )
-from echolora_kernels.ops.echo_lora_linear.triton_forward import linear, shrink
+from echolora_kernels.ops.echo_lora_linear.triton_forward_launch import linear, shrink
 
 N, T, D_IN, D_OUT, R = 3, 37, 71, 83, 20
 S = 0.7
@@ -65,7 +65,7 @@ def test_linear(tile, dora, dropout):
     got, z = linear(x, w, s, b, bias=bias, gain=gain, delta=delta, mask=mask, dropout=dropout, store_z=True, tile=tile)
     inner = (x * keep(dropout) if dora else x) @ w.T + (s @ b.T).view(N, T, D_OUT)
     outer = (x - x * keep(dropout)) @ w.T if dora else 0
-    close(z.view(N, T, D_OUT), inner)
+    close(z.view(N, T, D_OUT), inner - (s @ b.T).view(N, T, D_OUT))
     want = outer + inner * (gain if dora else 1) + bias + mask[..., None] * delta[:, None]
     close(got.view(N, T, D_OUT), want)
 
@@ -83,7 +83,7 @@ def test_adapter_backward(tile, splits, dora):
     close(got.ds, S * scaled @ b)
     close(got.lora_b, scaled.T @ s)
     close(got.bias, flat.sum(0))
-    close(got.gain, (flat * z).sum(0))
+    close(got.gain, (flat * (z + s @ b.T)).sum(0))
     close(got.delta, (mask[..., None] * dy).sum(1))
     assert torch.isfinite(got.ds).all()
 
@@ -114,9 +114,9 @@ def test_input_backward(tile, dora, drops, dropout):
 
 
 @tiles("dora_norm")
-@pytest.mark.parametrize("r", [1, R, 130])
-def test_dora_norm(tile, r):
+@pytest.mark.parametrize(("r", "splits"), [(1, 1), (R, None), (R, 3), (130, 16)])
+def test_dora_norm(tile, r, splits):
     w, a, b, magnitude = draw(D_OUT, D_IN), draw(r, D_IN), draw(D_OUT, r), draw(D_OUT)
-    norm, gain = dora_norm(w, a, b, S, magnitude, tile=tile)
+    norm, gain = dora_norm(w, a, b, S, magnitude, tile=tile, splits=splits)
     close(norm, norm_reference.dora_norm(w, a, b, S))
     close(gain, norm_reference.dora_gain(w, a, b, S, magnitude))

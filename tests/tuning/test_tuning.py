@@ -16,11 +16,12 @@ from echolora_kernels.ops.echo_lora_linear import (
     candidates,
     triton_backward_launch,
     triton_descriptors,
-    triton_forward,
+    triton_forward_launch,
     triton_products,
 )
 from echolora_kernels.ops.echo_lora_linear.candidates import Entry, Problem, choose, table_for
 from echolora_kernels.ops.echo_lora_linear.configs import Device
+from echolora_kernels.ops.echo_lora_linear.launch import Launch
 from echolora_kernels.tuning import command, run, shapes, table, timing, ways
 from echolora_kernels.tuning.request import Request
 from echolora_kernels.tuning.select import Measured, Result
@@ -32,7 +33,7 @@ LLAMA = Problem("forward", 8192, 4096, 4096, 16, "bfloat16", "sm_90")
 TINY = Problem("forward", 24, 40, 32, 4, "float16", "cpu")
 DRY = ("--dry-run", "--method", "lora", "--shapes", "smollm2-135m")
 
-MODULES = (triton_forward, triton_backward_launch, triton_descriptors, triton_products)
+MODULES = (triton_forward_launch, triton_backward_launch, triton_descriptors, triton_products)
 
 needs_triton = pytest.mark.skipif(why_not("triton") is not None, reason=f"triton: {why_not('triton')}")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -41,14 +42,13 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 @pytest.fixture
 def launched(monkeypatch):
     """(kernel, tile) of each launch."""
-    taken = []
-    for module in MODULES[:-1]:
+    taken, run_planned = [], Launch.run
 
-        def record(kernel, grid, device, tile, original=module.run, **arguments):
-            taken.append((kernel.fn.__name__, tile))
-            original(kernel, grid, device, tile, **arguments)
+    def record(planned, device, **tensors):
+        taken.append((planned.kernel.fn.__name__, planned.tile))
+        run_planned(planned, device, **tensors)
 
-        monkeypatch.setattr(module, "run", record)
+    monkeypatch.setattr(Launch, "run", record)
     return taken
 
 

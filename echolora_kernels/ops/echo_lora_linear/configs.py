@@ -15,15 +15,20 @@ GROUP = 8
 # the rank enters the matmul kernels in steps of at most this many columns
 MAX_RANK_STEP = 64
 MAX_RANK = 256
-# above this rank, partial sums of dS would move more bytes than a second read of dY
-ONE_PASS_RANK = 64
+# above this rank, partial sums of dS would take longer than a second read of dY (measured on an H100)
+ONE_PASS_RANK = 32
+# the rank enters D0, where each float32 operand is held as two, in smaller steps
+MAX_NORM_RANK_STEP = 32
+# programs that share one row's norm in D0, whose partial sums one block holds
+MAX_NORM_SPLITS = 16
 
 
 @dataclass(frozen=True)
 class Tile:
     """How one launch cuts its work: an output tile [rows, cols], contracted `inner` at a time.
 
-    Kernels whose output is as wide as the rank leave one side at 0.
+    Kernels whose output is as wide as the rank leave one side at 0. The programs of a persistent launch are as many as
+    the device has processors, and go through the tiles.
     """
 
     rows: int
@@ -31,6 +36,7 @@ class Tile:
     inner: int
     num_warps: int
     num_stages: int
+    persistent: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,32 +63,37 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
         "flat": Tile(64, 128, 16, 8, 1),
         "flat on sm_120": Tile(64, 128, 16, 4, 1),
     },
-    ("matmul", "single"): {"twin": Tile(64, 32, 16, 8, 2), "small": Tile(64, 64, 32, 8, 2)},
+    ("matmul", "single"): {"twin": Tile(64, 32, 32, 8, 2), "small": Tile(64, 64, 32, 8, 2)},
     ("matmul", "double"): {"twin": Tile(32, 32, 16, 4, 1), "small": Tile(32, 32, 16, 4, 1)},
-    # persistent, through tensor descriptors
+    # through tensor descriptors
     ("descriptor", "half"): {
-        "wide": Tile(128, 256, 64, 8, 3),
-        "large": Tile(128, 128, 64, 8, 3),
-        "small": Tile(64, 128, 64, 4, 4),
+        "wide": Tile(128, 256, 64, 8, 3, persistent=True),
+        "large": Tile(128, 128, 64, 8, 3, persistent=True),
+        "small": Tile(64, 128, 64, 4, 4, persistent=True),
+        "pair": Tile(128, 128, 64, 4, 3),
     },
-    ("descriptor", "single"): {"small": Tile(64, 64, 32, 8, 2)},
-    ("descriptor", "double"): {"small": Tile(32, 32, 16, 4, 1)},
+    ("descriptor", "single"): {"small": Tile(64, 64, 32, 8, 2, persistent=True)},
+    ("descriptor", "double"): {"small": Tile(32, 32, 16, 4, 1, persistent=True)},
     ("shrink", "half"): {
-        "thin": Tile(64, 0, 64, 4, 3),
+        "slim": Tile(32, 0, 128, 4, 4),
+        "thin": Tile(32, 0, 64, 4, 4),
         "thick": Tile(64, 0, 32, 8, 2),
         "thick on sm_120": Tile(32, 0, 64, 8, 2),  # the taller one spills there, and there is no HGMMA to need it
     },
     ("shrink", "single"): {"thin": Tile(32, 0, 32, 4, 2), "thick": Tile(32, 0, 16, 8, 1)},
     ("shrink", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
-    ("adapter_bwd", "half"): {"thin": Tile(128, 0, 32, 8, 3), "thick": Tile(64, 0, 32, 8, 2)},
-    ("adapter_bwd", "single"): {"thin": Tile(32, 0, 16, 4, 2), "thick": Tile(32, 0, 16, 8, 1)},
+    ("adapter_bwd", "half"): {"thin": Tile(256, 0, 32, 8, 3), "thick": Tile(64, 0, 32, 8, 2)},
+    ("adapter_bwd", "single"): {"thin": Tile(32, 0, 16, 8, 2), "thick": Tile(32, 0, 16, 8, 1)},
     ("adapter_bwd", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
     ("lora_a_bwd", "half"): {"thin": Tile(0, 128, 64, 8, 3), "thick": Tile(0, 64, 32, 8, 2)},
     ("lora_a_bwd", "single"): {"thin": Tile(0, 32, 32, 4, 2), "thick": Tile(0, 32, 16, 8, 1)},
     ("lora_a_bwd", "double"): {"thin": Tile(0, 16, 16, 4, 1), "thick": Tile(0, 16, 16, 4, 1)},
-    ("dora_norm", "half"): {"thin": Tile(32, 0, 64, 4, 2)},
-    ("dora_norm", "single"): {"thin": Tile(32, 0, 32, 4, 2)},
+    ("dora_norm", "half"): {"thin": Tile(64, 0, 64, 4, 3)},
+    ("dora_norm", "single"): {"thin": Tile(64, 0, 64, 4, 3)},
     ("dora_norm", "double"): {"thin": Tile(16, 0, 16, 4, 1)},
+    ("scale", "half"): {"square": Tile(64, 64, 0, 4, 1)},
+    ("scale", "single"): {"square": Tile(64, 64, 0, 4, 1)},
+    ("scale", "double"): {"square": Tile(32, 32, 0, 4, 1)},
 }
 
 # shared memory per block of at least 160 KB: room for the large pipelines
@@ -122,9 +133,9 @@ def matmul_tile(rows: int, cols: int, dtype: torch.dtype, device: Device, load: 
         load: what the kernel keeps in registers, see `forward_load` and `input_load`.
     """
     listed = candidates("matmul", dtype, device.arch)
-    tiles = [
-        listed[name] for name in matmul_tiles(load) if name in listed and name != "flat"
-    ]  # that has to be measured
+    if load.startswith("added") and "flat" in listed and device.arch == "sm_90":  # as an H100 showed
+        return listed["flat"]
+    tiles = [listed[name] for name in matmul_tiles(load) if name in listed and name != "flat"]
     for tile in tiles:
         if -(-rows // tile.rows) * -(-cols // tile.cols) >= device.processors:
             return tile
@@ -166,7 +177,7 @@ def descriptor_tile(rows: int, cols: int, rank: int, dtype: torch.dtype, device:
     tiles = candidates("descriptor", dtype, device.arch)
     for name in descriptor_tiles(rank, rich):
         tile = tiles.get(name)
-        if tile and -(-rows // tile.rows) * -(-cols // tile.cols) >= device.processors:
+        if tile and tile.persistent and -(-rows // tile.rows) * -(-cols // tile.cols) >= device.processors:
             return tile
     return tiles["small"]
 
@@ -176,7 +187,7 @@ def descriptor_tiles(rank: int, rich: bool) -> tuple[str, ...]:
 
     The wide one is for thin adapters without a rich epilogue: others would spill or exceed the shared memory.
     """
-    return ("large", "small") if rich or rank > 16 else ("wide", "large", "small")
+    return ("large", "small", "pair") if rich or rank > 16 else ("wide", "large", "small", "pair")
 
 
 def named(tile: str | None, kernel: str, allowed: tuple[str, ...], dtype: torch.dtype, arch: str) -> Tile | None:
@@ -195,6 +206,8 @@ def uses_descriptors(rank: int, dtype: torch.dtype, arch: str) -> bool:
 
 def shrink_tile(block_r: int, dtype: torch.dtype, arch: str) -> Tile:
     """Tile of F1 for a padded rank."""
+    if block_r <= 16 and "slim" in (tiles := candidates("shrink", dtype, arch)):
+        return tiles["slim"]
     return _by_rank("shrink", block_r, dtype, arch)
 
 
@@ -213,14 +226,28 @@ def dora_norm_tile(dtype: torch.dtype, arch: str) -> Tile:
     return candidates("dora_norm", dtype, arch)["thin"]
 
 
+def scale_tile(dtype: torch.dtype, arch: str) -> Tile:
+    """Tile of the product of a matrix and a factor per row: square, so that either side may be the contiguous one."""
+    return candidates("scale", dtype, arch)["square"]
+
+
 def _by_rank(kernel: str, block_r: int, dtype: torch.dtype, arch: str) -> Tile:
     return candidates(kernel, dtype, arch)["thin" if block_r <= 64 else "thick"]
 
 
 def shrink_splits(tile: Tile, rows: int, width: int, processors: int) -> int:
-    """Programs that share one row's contraction in F1: enough to occupy the device, each with at least 8 steps."""
+    """Programs that share one row's contraction in F1: where row tiles leave half of the device idle, with 8 steps each.
+
+    Adding up what they found is a launch of its own.
+    """
     row_tiles = max(1, -(-rows // tile.rows))
-    return max(1, min(2 * processors // row_tiles, width // (8 * tile.inner)))
+    return max(1, min(processors // (2 * row_tiles), width // (8 * tile.inner)))
+
+
+def dora_norm_splits(tile: Tile, rows: int, width: int, processors: int) -> int:
+    """Programs that share one row's norm in D0: four a processor, each with at least 4 steps; `MAX_NORM_SPLITS`."""
+    row_tiles = max(1, -(-rows // tile.rows))
+    return max(1, min(4 * processors // row_tiles, width // (4 * tile.inner), MAX_NORM_SPLITS))
 
 
 def reduction_splits(n_tiles: int, steps: int, processors: int) -> int:

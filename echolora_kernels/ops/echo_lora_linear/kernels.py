@@ -105,11 +105,11 @@ class Kernels(Protocol):
             bias, gain: [N] or None; gain is contiguous.
             delta, mask: the echo at the output, [n, N] and [n, T], or None.
             dropout: as `shrink` got it; it only matters with a gain.
-            store_z: also return what `adapter_backward` wants to know of z for the magnitude's gradient.
+            store_z: also return z without S B^T, which `adapter_backward` reads for the magnitude's gradient.
             shape: of y, which is no view.
 
         Returns:
-            y, and z [M, N], whole or without S B^T, or None: contiguous, in x's dtype.
+            y, and z [M, N], without S B^T, or None: contiguous, in x's dtype.
         """
 
     def expand(
@@ -131,7 +131,7 @@ class Kernels(Protocol):
             in_place: write y into base. store_z: as in `linear_product`; never with in_place.
 
         Returns:
-            y, [M, N], and z or None: contiguous, in base's dtype. Where `fused`, z is base itself.
+            y, [M, N], and z without S B^T, which is base itself, or None: contiguous, in base's dtype.
         """
 
     def linear_forward(
