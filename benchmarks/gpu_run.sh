@@ -238,8 +238,8 @@ fi
 if wanted accuracy; then
     if [[ $MODEL ]]; then
         job accuracy "$(box 15)" "$PYTHON" examples/commonsense/experiment.py --data "$DATA" --model "$MODEL" \
-            --output "$LOGS/accuracy" --device "$([[ $DRY == 1 ]] && echo cpu || echo cuda)" --lrs 1e-3 --seeds 1 --steps 60 --train-size 300 \
-            --held-out-size 50 --test-size 100
+            --output "$LOGS/accuracy" $([[ $DRY == 1 ]] && echo --device cpu || echo --device cuda --workers 4) --lrs 1e-3 --seeds 1 \
+            --steps 60 --train-size 300 --held-out-size 50 --test-size 100
     elif ! has transformers; then
         note accuracy "skipped: transformers is not installed" 0 ''
     elif [[ $DRY == 1 ]]; then

@@ -25,7 +25,6 @@ from .checkpoint import latest_checkpoint, read_json, read_state
 from .data import Sample, collate, encode, load_questions, sample_of
 from .evaluate import exact_match, room_for
 from .loop import StepRecord, Trainer
-from .plot import plot_losses
 from .processes import Processes, launched
 from .settings import ALL_LINEAR, TrainSettings, want, want_counts
 
@@ -97,6 +96,8 @@ def train(
         NonFiniteLoss, DataError, OSError: as the parts say.
         KeyboardInterrupt: passed on, after a checkpoint of the last complete step where that is possible.
     """
+    from .plot import plot_losses  # here: what else stands in this module needs no matplotlib
+
     output = Path(output)
     want_counts(save_every=save_every, keep=keep, eval_batch_size=eval_batch_size, max_new_tokens=max_new_tokens)
     device = _device(settings.device)

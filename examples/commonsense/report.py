@@ -2,23 +2,20 @@
 
     python examples/commonsense/report.py results.json [results.json ...]
 
-prints the tables again. Intervals hold 95 % of a bootstrap that draws seeds and questions anew; differences are paired,
-the same seed and the same question on both sides.
+prints the tables again. The picture takes matplotlib. Intervals hold 95 % of a bootstrap that draws seeds and questions
+anew; differences are paired, the same seed and the same question on both sides.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 DRAWS = 4000
 SEARCH_SEED = 1000  # of the runs that search the learning rate
@@ -113,6 +110,11 @@ class Results:
 
     def plot(self, path: Path) -> None:
         """Write a PNG: accuracy of each method with its seeds, and the paired differences."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
         names = list(self.runs)
         compared = [(name, found) for name in names if (found := self.difference(name))]
         height = 1.2 + 0.38 * max(len(names), len(compared))
@@ -133,12 +135,12 @@ class Results:
         plt.close(figure)
 
 
-def _draw(panel: plt.Axes, row: int, estimate: Estimate, colour: str) -> None:
+def _draw(panel: Any, row: int, estimate: Estimate, colour: str) -> None:
     panel.plot([estimate.low, estimate.high], [row, row], color=colour, linewidth=2)
     panel.plot(estimate.mean, row, "D", color=colour, markersize=6)
 
 
-def _label(panel: plt.Axes, names: list[str], what: str) -> None:
+def _label(panel: Any, names: list[str], what: str) -> None:
     panel.set_yticks(range(len(names)), names)
     panel.set_ylim(len(names) - 0.5, -0.5)
     panel.set_xlabel(what)
@@ -147,7 +149,7 @@ def _label(panel: plt.Axes, names: list[str], what: str) -> None:
 
 
 def write_report(folder: Path, conditions: dict[str, Any]) -> str:
-    """results.json and accuracy.png from the runs in `folder`; returns the table."""
+    """results.json and, where there is matplotlib, accuracy.png from the runs in `folder`; returns the table."""
     files = sorted((folder / "runs").glob("*_seed*.json"))
     runs = [run for file in files if (run := json.loads(file.read_text()))["seed"] != SEARCH_SEED]
     order = {name: index for index, name in enumerate(METHODS)}
@@ -158,6 +160,8 @@ def write_report(folder: Path, conditions: dict[str, Any]) -> str:
     content = {"conditions": conditions, "untrained": untrained, "runs": runs}
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     results = Results(content)
+    if importlib.util.find_spec("matplotlib") is None:
+        return f"{results.table()}\nno accuracy.png: matplotlib is not installed"
     results.plot(folder / "accuracy.png")
     return results.table()
 
