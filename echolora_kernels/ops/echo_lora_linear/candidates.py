@@ -123,8 +123,8 @@ def _rule(problem: Problem, can: tuple[str, ...]) -> tuple[str, str]:
 
 
 def small(m: int, n: int, k: int) -> bool:
-    """Whether a product of these sizes takes a GPU less time than the host needs to start it."""
-    return m * min(n, k) < 128 * 1024
+    """Whether a GPU is done with a product of these sizes before the host has started another: some 10 microseconds."""
+    return m * n * k < 2**31
 
 
 def _fits(entry: Entry, problem: Problem) -> bool:

@@ -76,7 +76,7 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
     ("descriptor", "double"): {"small": Tile(32, 32, 16, 4, 1, persistent=True)},
     ("shrink", "half"): {
         "slim": Tile(32, 0, 128, 4, 4),
-        "thin": Tile(32, 0, 64, 4, 4),
+        "thin": Tile(64, 0, 64, 4, 4),
         "thick": Tile(64, 0, 32, 8, 2),
         "thick on sm_120": Tile(32, 0, 64, 8, 2),  # the taller one spills there, and there is no HGMMA to need it
     },
@@ -134,13 +134,16 @@ def matmul_tile(rows: int, cols: int, dtype: torch.dtype, device: Device, load: 
         load: what the kernel keeps in registers, see `forward_load` and `input_load`.
     """
     listed = candidates("matmul", dtype, device.arch)
-    if load.startswith("added") and "flat" in listed and device.arch == "sm_90":  # as an H100 showed
-        return listed["flat"]
     tiles = [listed[name] for name in matmul_tiles(load) if name in listed and name != "flat"]
     for tile in tiles:
         if -(-rows // tile.rows) * -(-cols // tile.cols) >= device.processors:
             return tile
     return tiles[-1]
+
+
+def linear_added_tile(dtype: torch.dtype, device: Device) -> Tile | None:
+    """F2's tile where the vendor's GEMM computes the base product: the one that an H100 showed, None elsewhere."""
+    return candidates("matmul", dtype, device.arch).get("flat") if device.arch == "sm_90" else None
 
 
 def forward_load(gain: bool, echo: bool, two_products: bool = False, added: bool = False) -> str:

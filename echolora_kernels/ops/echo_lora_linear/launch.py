@@ -67,17 +67,20 @@ class Launch:
         return {name: TensorDescriptor.from_tensor(tensors[name], block) for name, block in self._blocks.items()}
 
     def _run(self, device: torch.device, tensors: dict[str, torch.Tensor | None]) -> None:
-        # all that the compiler is told of a tensor, and the device that a compiled kernel is loaded on
-        key = (device.index, *[None if t is None else (t.dtype, not t.data_ptr() & 15) for t in tensors.values()])
-        start = self._started.get(key)
+        # addresses instead of tensors, which the launcher would ask for theirs
+        values, key = self._values.copy(), [device.index]
+        for name, tensor in tensors.items():
+            if tensor is None:
+                key.append(None)
+                continue
+            values[self._places[name]] = address = tensor.data_ptr()
+            key += tensor.dtype, not address & 15  # all that the compiler is told of it
+        start = self._started.get(tuple(key))
         if start is None:
             compiled = self.kernel[self._grid](**self.arguments(tensors), **options(self.tile))
             if isinstance(self.kernel, triton.JITFunction):  # the interpreter compiles nothing
-                self._started[key] = compiled[self._grid]
+                self._started[tuple(key)] = compiled[self._grid]
             return
-        values = self._values.copy()
-        for name, value in tensors.items():
-            values[self._places[name]] = value
         if self._blocks:
             for name, value in self._descriptors(tensors).items():
                 values[self._places[name]] = value

@@ -56,13 +56,13 @@ def adapter_backward(
         tile, splits: launch config, and how many programs share one sum over rows; None chooses.
 
     Returns:
-        ds [n * T, r], lora_b [N, r], bias [N], gain [N], delta [n, N].
+        ds [n * T, r] in dy's dtype, lora_b [N, r], bias [N], gain [N], delta [n, N].
     """
     device, rank = device_of(dy), lora_b.shape[1]
     ds_apart = need_ds and rank > configs.ONE_PASS_RANK
     result = AdapterGradients()
     if ds_apart:
-        result.ds = shrink(dy, lora_b.t(), scaling, dropout=Dropout(), gain=gain).to(accumulator_dtype(dy.dtype))
+        result.ds = shrink(dy, lora_b.t(), scaling, dropout=Dropout(), gain=gain)
     need_ds = need_ds and not ds_apart
     if not (need_ds or need_lora_b or need_bias or need_gain or need_delta):
         return result
@@ -80,7 +80,7 @@ def adapter_backward(
         ddelta=ddelta,
     )  # fmt: skip
     if ds is not None:
-        result.ds = reduce_partials(ds)
+        result.ds = reduce_partials(ds).to(dy.dtype)  # as plain torch has it, and as B2 and B3 want it
     result.lora_b = None if db is None else reduce_partials(db)
     result.bias = None if dbias is None else reduce_partials(dbias)
     result.gain = None if dgain is None else reduce_partials(dgain)

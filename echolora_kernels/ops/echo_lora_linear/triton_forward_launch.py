@@ -188,7 +188,9 @@ def _linear_plan(
     (d_out, d_in), w_strides, _ = weight
     (_, rank), b_strides, _ = lora_b
     rows, block_r = samples * length, configs.rank_step(rank, dtype)
-    load = configs.forward_load(has_gain, delta is not None, dora_dropout_p > 0, has_base or not contract)
+    added = has_base or not contract
+    load = configs.forward_load(has_gain, delta is not None, dora_dropout_p > 0, added)
+    tile = tile or (configs.linear_added_tile(dtype, device) if added else None)
     tile = tile or configs.matmul_tile(rows, d_out, dtype, device, load)
     constants = dropout_constants(dora_dropout_p)
     constants["DORA_DROPOUT"] = constants.pop("DROPOUT")
