@@ -20,8 +20,8 @@ WITHOUT_MATRIX_UNITS = (
     "distillation_fwd_kernel",
     "distillation_bwd_kernel",
 )
-# these sum over a rank, and over the samples of a batch
-SHORT_SUMS = ("dora_norm_fwd_kernel", "networks_up_bwd_kernel")
+# these sum over a rank, a bottleneck or the samples of a batch
+SHORT_SUMS = ("dora_squares_fwd_kernel", "networks_up_fwd_kernel", "networks_up_bwd_kernel")
 
 
 def compiled(arch, dtype, *options):
