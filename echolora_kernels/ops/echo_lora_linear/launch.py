@@ -40,6 +40,7 @@ class Launch:
         grid: Sequence[int],
         tile: Tile,
         blocks: Mapping[str, list[int]] | None = None,
+        /,
         **constants: Any,
     ) -> None:
         self.kernel, self.tile = kernel, tile
@@ -68,7 +69,8 @@ class Launch:
 
     def _run(self, device: torch.device, tensors: dict[str, torch.Tensor | None]) -> None:
         # addresses instead of tensors, which the launcher would ask for theirs
-        values, key = self._values.copy(), [device.index]
+        values = self._values.copy()
+        key: list[Any] = [device.index]
         for name, tensor in tensors.items():
             if tensor is None:
                 key.append(None)

@@ -200,7 +200,9 @@ def chosen(
 
 def _tile(choice: Choice, kernel: str, allowed: tuple[str, ...], rows: torch.Tensor) -> Tile | None:
     """The tile that was measured, where it is one of `kernel`'s that are allowed; None leaves it to the rule."""
-    return choice.tile and configs.named(choice.tile, kernel, allowed, rows.dtype, device_of(rows).arch)
+    if choice.tile is None:
+        return None
+    return configs.named(choice.tile, kernel, allowed, rows.dtype, device_of(rows).arch)
 
 
 def _by_descriptors(choice: Choice, rows: torch.Tensor, weight: torch.Tensor, width: int, rank: int) -> bool:
