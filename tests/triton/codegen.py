@@ -20,7 +20,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from echolora_kernels.ops.dora_norm import triton_norm
 from echolora_kernels.ops.echo_distillation import triton_losses
-from echolora_kernels.ops.echo_lora_linear import configs, triton_backward_launch, triton_descriptors, triton_forward
+from echolora_kernels.ops.echo_lora_linear import (
+    configs,
+    triton_backward_launch,
+    triton_descriptors,
+    triton_forward,
+    triton_scale,
+)
 from echolora_kernels.ops.echo_lora_linear.dropout import Dropout
 from echolora_kernels.ops.echo_networks import triton_launch
 
@@ -54,6 +60,7 @@ class Recorder:
             triton_forward,
             triton_backward_launch,
             triton_descriptors,
+            triton_scale,
             triton_norm,
             triton_launch,
             triton_losses,
@@ -116,6 +123,7 @@ def launches(arch, dtype, everything):
     Each comes in its plainest and in its heaviest form; `everything` adds what lies between, and more ranks.
     """
     recorder = Recorder()
+    torch.version.hip = "6" if arch.startswith("gfx") else None  # what launchers ask
     meta = {"device": "meta", "dtype": dtype}
     x = torch.empty(ROWS // T, T, WIDTH, **meta)
     weight, vector = torch.empty(WIDTH, WIDTH, **meta), torch.empty(WIDTH, **meta)
@@ -173,6 +181,8 @@ def launches(arch, dtype, everything):
                 )
     yield from _by_descriptors(arch, dtype, everything, adapters, record, x, weight, vector, gain, echo, some)
     yield from _losses(everything, record, dtype)
+    for label, matrix in {"rows": weight, "columns": weight.t()}.items():
+        yield from record(label, triton_scale.scale_rows, matrix, gain)
     for rank in (16, 32, 64, 128, 256) if everything else (16, 64, 256):
         block = configs.rank_block(rank)
         for kind in sorted({dtype, wide}, key=str) if everything else (wide,):

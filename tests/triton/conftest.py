@@ -17,7 +17,7 @@ def _seeded():
 def launches(monkeypatch):
     """Names of the kernels that are launched."""
     from echolora_kernels.ops.dora_norm import triton_norm
-    from echolora_kernels.ops.echo_lora_linear import launch, triton_backward_launch, triton_forward
+    from echolora_kernels.ops.echo_lora_linear import launch, triton_backward_launch, triton_forward, triton_scale
 
     names = []
 
@@ -25,7 +25,7 @@ def launches(monkeypatch):
         names.append(kernel.fn.__name__)
         launch.run(kernel, grid, *arguments, **options)
 
-    for module in (triton_forward, triton_backward_launch, triton_norm):
+    for module in (triton_forward, triton_backward_launch, triton_scale, triton_norm):
         monkeypatch.setattr(module, "run", record)
     return names
 
