@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>  // TORCH_ERROR_CODE_CHECK: torch 2.11 has none with STABLE_ before it
 
 #include <algorithm>
 #include <initializer_list>

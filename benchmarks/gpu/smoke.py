@@ -49,6 +49,7 @@ def ways(dtype: str) -> Iterator[tuple[str, str | None]]:
     """Every candidate with every tile, on sizes with ragged last tiles."""
     from echolora_kernels.ops.echo_lora_linear.candidates import Problem
     from echolora_kernels.ops.echo_lora_linear.launch import device_of
+    from echolora_kernels.tuning.run import begin_thread
     from echolora_kernels.tuning.ways import Product, is_right
     from echolora_kernels.tuning.ways import ways as all_ways
 
@@ -59,7 +60,9 @@ def ways(dtype: str) -> Iterator[tuple[str, str | None]]:
     for rank, dora, product in itertools.product(ranks, (False, True), ("forward", "input-gradient")):
         problem = Problem(product, m, n, k, rank, dtype, of.arch, dora)
         arguments, listed = Product(problem, device), all_ways(problem, of)
-        with ThreadPoolExecutor(4 if device.type == "cuda" else 1) as threads:  # they compile, what fails does so again
+        count = 4 if device.type == "cuda" else 1
+        with ThreadPoolExecutor(count, initializer=begin_thread, initargs=(device,)) as threads:
+            # they compile, what fails does so again
             for future in [threads.submit(arguments.run, way) for way in listed]:
                 future.exception()
         for way in listed:

@@ -49,8 +49,8 @@ inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
   const int64_t strides[] = {shape.size() == 2 ? sizes[1] : 1, 1};
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), sizes, strides, type,
-                                                         aoti_torch_device_type_cpu(), -1, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), sizes, strides, type, aoti_torch_device_type_cpu(), -1,
+                                                  &made));
   return Tensor(made);
 }
 

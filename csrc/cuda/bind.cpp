@@ -106,7 +106,7 @@ class Launch {
  public:
   explicit Launch(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "echolora: this torch is built without CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
   }
 
   // memory for partial sums; freed in stream order when this object goes

@@ -75,7 +75,10 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default: auto)")
     how.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own choice)")
     how.add_argument(
-        "--timer", default="auto", choices=TIMERS, help="on a GPU: auto is graph where all can be captured, else events"
+        "--timer",
+        default="auto",
+        choices=TIMERS,
+        help="on a GPU: auto is events for steps, graph where all can be captured, else events",
     )
     how.add_argument(
         "--rounds", type=int, help="of each implementation (default: as many as --seconds takes, 5 at least)"

@@ -141,7 +141,7 @@ class Bench:
         right: dict[str, Implementation],
         verdicts: dict[str, Verdict],
     ) -> Iterator[Row]:
-        times = self.timer.compare(right, phase, self.rounds, self.seconds) if right else {}
+        times = self.timer.compare(right, phase, self.rounds, self.seconds, as_run=case.kind == "step") if right else {}
         base = times.get(problem.base or "")
         least = None
         if self.rates is not None and phase in problem.stages:

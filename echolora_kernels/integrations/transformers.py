@@ -129,7 +129,10 @@ def _converted(gguf: Path) -> Path:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(unfinished)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(unfinished)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        if isinstance(model.config.eos_token_id, int):  # some versions of transformers take another token of the file
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+        tokenizer.save_pretrained(unfinished)
         try:
             unfinished.rename(target)
         except OSError:

@@ -51,7 +51,8 @@ def measure(problem: Problem, device: torch.device, of: Device, rounds: int, wor
     def check(way: Way) -> None:
         errors[way] = product.error(way)
 
-    with ThreadPoolExecutor(workers) as threads:  # which compiles them side by side
+    with ThreadPoolExecutor(workers, initializer=begin_thread, initargs=(device,)) as threads:
+        # which compiles them side by side
         list(threads.map(lambda way: attempt(way, product.run), listed))
     for way in listed:
         _wait(device, way, problem)
@@ -65,6 +66,11 @@ def measure(problem: Problem, device: torch.device, of: Device, rounds: int, wor
     times = interleaved(right, device, rounds) if right else {}
     found = [Measured(way, errors.get(way), times.get(way, []), problems.get(way)) for way in listed]
     return Result(problem, rule, found)
+
+
+def begin_thread(device: torch.device) -> None:
+    """Make the device's context that of this thread, which building a tensor descriptor does not."""
+    torch.zeros(1, device=device)
 
 
 def _wait(device: torch.device, way: Way, problem: Problem) -> None:

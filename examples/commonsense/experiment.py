@@ -5,18 +5,27 @@
 `--data` holds a folder for each task with train.json and test.json in the LLM-Adapters format. All tasks are trained on
 together. Learning rates are searched on questions held out of train.json, with a seed that is not used again; test.json
 is seen by the final runs alone. Every run leaves a file, and runs that have one are not done again: an interrupted
-experiment goes on, and more seeds can be added. At the end the report is written, see report.py.
+experiment goes on, and more seeds can be added. `--workers` processes share the runs. At the end the report is written,
+see report.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
+import os
 import random
-import shutil
+import signal
+import statistics
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +35,7 @@ import torch.nn.functional as F
 from report import SEARCH_SEED, write_report
 
 from echolora_kernels import EchoConfig, EchoLoRA, fuse, unfuse
-from echolora_kernels.integrations.transformers import load_model
+from echolora_kernels.integrations.transformers import load_model, resolve_model
 from echolora_kernels.training.data import Question, Sample, collate, encode, read_llm_adapters
 from echolora_kernels.training.loop import Trainer
 from echolora_kernels.training.run import with_adapter, write_json
@@ -60,6 +69,39 @@ ABLATIONS = {
 
 
 @dataclass(frozen=True)
+class Run:
+    """A training run and the questions after it: those held out with the seed of the search, else those of the test."""
+
+    name: str
+    variant: Variant
+    lr: float
+    seed: int
+
+    def settings(self, given: argparse.Namespace) -> TrainSettings:
+        return TrainSettings(
+            model=model_name(given.model),
+            data=given.data.name,
+            method=self.variant.method,
+            rank=given.rank,
+            alpha=2 * given.rank,
+            steps=given.steps,
+            batch_size=given.batch_size,
+            lr=self.lr,
+            max_length=given.max_length,
+            seed=self.seed,
+            dtype=given.dtype,
+            device=given.device,
+            echo=EchoConfig(**self.variant.echo),
+        )
+
+
+def model_name(spec: str) -> str:
+    """What the results say of --model: of a folder or a file its last part."""
+    path = Path(spec).expanduser()
+    return path.resolve().name if path.exists() else spec
+
+
+@dataclass(frozen=True)
 class Task:
     """The questions of one task: trained on, held out for the search, and tested."""
 
@@ -78,13 +120,12 @@ def read_task(folder: Path, arguments: argparse.Namespace) -> Task:
 
 
 class Experiment:
-    """The model, the questions, and the runs on them."""
+    """The model and the questions, for one run after the other."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, self.runs = arguments, arguments.output / "runs"
-        self.runs.mkdir(parents=True, exist_ok=True)
-        folders = [arguments.data / name for name in arguments.tasks or ()] or sorted(arguments.data.iterdir())
-        self.tasks = {folder.name: read_task(folder, arguments) for folder in folders if folder.is_dir()}
+        self.arguments = arguments
+        names = arguments.tasks or sorted(folder.name for folder in arguments.data.iterdir() if folder.is_dir())
+        self.tasks = {name: read_task(arguments.data / name, arguments) for name in names}
         self.base, self.tokenizer = load_model(
             arguments.model, dtype=getattr(torch, arguments.dtype), device=arguments.device
         )
@@ -93,60 +134,36 @@ class Experiment:
     def encode(self, questions: list[Question]) -> tuple[list[Sample], int]:
         return encode(self.tokenizer, questions, self.arguments.max_length)
 
-    def settings(self, variant: Variant, lr: float, seed: int) -> TrainSettings:
-        given = self.arguments
-        return TrainSettings(
-            model=given.model,
-            data=given.data.name,
-            method=variant.method,
-            rank=given.rank,
-            alpha=2 * given.rank,
-            steps=given.steps,
-            batch_size=given.batch_size,
-            lr=lr,
-            max_length=given.max_length,
-            seed=seed,
-            dtype=given.dtype,
-            device=given.device,
-            echo=EchoConfig(**variant.echo),
-        )
-
-    def run(self, name: str, variant: Variant, lr: float, seed: int) -> dict[str, Any]:
-        """The result of one run: read if it is there, else made."""
-        file = self.runs / f"{name.replace(' ', '-')}_lr{lr:g}_seed{seed}.json"
-        settings = self.settings(variant, lr, seed)
-        if file.exists():
-            result = json.loads(file.read_text())
-            if result["settings"] != settings.to_dict():
-                raise SystemExit(f"{file}: belongs to an experiment with other settings; take another --output")
-            return result
-        started = time.perf_counter()
-        torch.manual_seed(seed)
+    def result(self, run: Run | None) -> dict[str, Any]:
+        """Of one run, or of the model as it is."""
+        if run is None:
+            return self.asked(self.base, held_out=False)
+        settings, started = run.settings(self.arguments), time.perf_counter()
+        torch.manual_seed(run.seed)
         model = with_adapter(self.base, settings)
         fuse(model, strict=True)
         wrapped = EchoLoRA(model, settings.echo) if settings.uses_echo else model
-        folder = self.runs / "checkpoints"  # Trainer's own, removed at the end of the run
-        shutil.rmtree(folder, ignore_errors=True)
-        trainer = Trainer(wrapped, self.samples, self.tokenizer.pad_token_id, settings, folder, save_every=10**9)
-        records = list(trainer.steps())
-        shutil.rmtree(folder)
+        with tempfile.TemporaryDirectory() as checkpoints:  # Trainer's own
+            trainer = Trainer(
+                wrapped, self.samples, self.tokenizer.pad_token_id, settings, Path(checkpoints), save_every=10**9
+            )
+            records = list(trainer.steps())
         if isinstance(wrapped, EchoLoRA):
             wrapped.remove()
         unfuse(model)
         trained = time.perf_counter() - started
-        result = {
-            "name": name,
-            "lr": lr,
-            "seed": seed,
-            **self.asked(model, held_out=seed == SEARCH_SEED),
+        found = {
+            "name": run.name,
+            "lr": run.lr,
+            "seed": run.seed,
+            **self.asked(model, held_out=run.seed == SEARCH_SEED),
             "training_loss": [record.loss_off for record in records],
             "routed_steps": sum(record.routed for record in records),
             "seconds": {"training": trained, "all": time.perf_counter() - started},
             "settings": settings.to_dict(),
         }
         model.unload()
-        write_json(file, result)
-        return result
+        return found
 
     @torch.no_grad()
     def asked(self, model: Any, *, held_out: bool) -> dict[str, dict[str, Any]]:
@@ -175,36 +192,113 @@ class Experiment:
             found["loss"][task], found["right"][task] = nats / tokens, "".join(right)
         return found
 
-    def untrained(self) -> dict[str, Any]:
-        """The model as it is."""
-        file = self.runs / "untrained.json"
-        if not file.exists():
-            write_json(file, self.asked(self.base, held_out=False))
-        return json.loads(file.read_text())
 
-    def best_lr(self, name: str, variant: Variant) -> float:
-        """By the mean over tasks of the loss on the held-out questions: steadier than how many are right."""
-        found = {lr: self.run(name, variant, lr, SEARCH_SEED) for lr in self.arguments.lrs}
-        return min(found, key=lambda lr: sum(found[lr]["loss"].values()))
+@functools.cache
+def experiment(words: tuple[str, ...]) -> Experiment:
+    """Of a command line; once in a process, which keeps the model for its next run."""
+    return Experiment(parsed(words))
+
+
+def make(words: tuple[str, ...], run: Run | None, file: Path) -> None:
+    """The result of one run, into its file."""
+    write_json(file, experiment(words).result(run))
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Executor | None]:
+    """Processes for the runs, which end with this one; None where one is enough, which is this one."""
+    if count == 1:
+        yield None
+        return
+    threads = max(torch.get_num_threads() // count, 1)
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin_worker, (threads,)) as pool:
+        try:
+            yield pool
+        except BaseException:  # an interrupt too: nobody waits for the runs that are under way
+            for process in multiprocessing.active_children():
+                process.terminate()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _begin_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is interrupted too, and ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+class Plan:
+    """Which runs there are, and the results that have a file."""
+
+    def __init__(self, words: Sequence[str], pool: Executor | None) -> None:
+        self.words, self.pool, self.arguments = tuple(words), pool, parsed(words)
+        self.folder = self.arguments.output / "runs"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def file(self, run: Run | None) -> Path:
+        name = "untrained" if run is None else f"{run.name.replace(' ', '-')}_lr{run.lr:g}_seed{run.seed}"
+        return self.folder / f"{name}.json"
+
+    def read(self, run: Run | None) -> dict[str, Any]:
+        result = json.loads(self.file(run).read_text())
+        if run is not None and result["settings"] != run.settings(self.arguments).to_dict():
+            raise SystemExit(f"{self.file(run)}: belongs to an experiment with other settings; take another --output")
+        return result
+
+    def done(self, runs: Iterable[Run | None]) -> Iterator[tuple[Run | None, dict[str, Any]]]:
+        """Each run with its result, as they are there: read if it has a file, else made, in this order."""
+        missing = []
+        for run in runs:
+            if self.file(run).exists():
+                yield run, self.read(run)
+            else:
+                missing.append(run)
+        if self.pool is None:
+            for run in missing:
+                make(self.words, run, self.file(run))
+                yield run, self.read(run)
+        elif missing:
+            resolve_model(self.arguments.model)  # converts a GGUF file, before all of them would
+            made = {self.pool.submit(make, self.words, run, self.file(run)): run for run in missing}
+            for future in as_completed(made):
+                future.result()
+                yield made[future], self.read(made[future])
 
     def all(self) -> Iterator[str]:
-        """Every run; seed by seed, so that what is there at any time is balanced."""
-        self.untrained()
-        yield "the untrained model"
-        lrs = {}
-        for name, variant in METHODS.items():
-            lrs[name] = self.best_lr(name, variant)
-            yield f"{name}: learning rate {lrs[name]:g}"
+        """Every run, as they are done; seed by seed, so that what is there at any time is balanced."""
+        searched = [
+            Run(name, variant, lr, SEARCH_SEED) for name, variant in METHODS.items() for lr in self.arguments.lrs
+        ]
+        losses: dict[str, dict[float, float]] = {name: {} for name in METHODS}
+        for run, result in self.done([None, *searched]):
+            if run is None:
+                yield "the untrained model"
+                continue
+            losses[run.name][run.lr] = loss = statistics.fmean(result["loss"].values())
+            yield f"{run.name}, learning rate {run.lr:g}: {loss:.4f} nats a token in {result['seconds']['all']:.0f} s"
+        # by the mean over tasks of the loss on the held-out questions: steadier than how many are right
+        lrs = {name: min(self.arguments.lrs, key=losses[name].__getitem__) for name in METHODS}
+        for name, lr in lrs.items():
+            yield f"{name}: learning rate {lr:g}"
         variants = {**METHODS, **(ABLATIONS if self.arguments.ablations else {})}
-        for seed in range(self.arguments.seeds):
-            for name, variant in variants.items():
-                result = self.run(name, variant, lrs.get(name, lrs["Echo-LoRA"]), seed)
-                means = [bits.count("1") / len(bits) for bits in result["right"].values()]
-                yield f"{name}, seed {seed}: {100 * sum(means) / len(means):.1f}% in {result['seconds']['all']:.0f} s"
+        final = [
+            Run(name, variant, lrs.get(name, lrs["Echo-LoRA"]), seed)
+            for seed in range(self.arguments.seeds)
+            for name, variant in variants.items()
+        ]
+        for run, result in self.done(final):
+            means = [bits.count("1") / len(bits) for bits in result["right"].values()]
+            share, seconds = 100 * statistics.fmean(means), result["seconds"]["all"]
+            yield f"{run.name}, seed {run.seed}: {share:.1f}% in {seconds:.0f} s"
 
 
-def parsed(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line; None takes that of the process."""
+def parsed(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder with a folder for each task")
     parser.add_argument("--output", type=Path, required=True)
@@ -222,17 +316,23 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--held-out-size", type=int, default=100, help="questions of each train.json for the search")
     parser.add_argument("--test-size", type=int, default=10**9, help="questions of each test.json, at most")
     parser.add_argument("--eval-batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the runs, on one device")
     parser.add_argument("--ablations", action="store_true", help="Echo-LoRA with one part of it taken away, too")
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if arguments.workers < 1:
+        parser.error(f"--workers: got {arguments.workers}, wants at least 1")
+    return arguments
 
 
-def main(words: list[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if words is None else words
     arguments = parsed(words)
-    experiment = Experiment(arguments)
-    for done in experiment.all():
-        print(done, file=sys.stderr, flush=True)
+    with workers(arguments.workers) as pool:
+        for done in Plan(words, pool).all():
+            print(done, file=sys.stderr, flush=True)
     conditions = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
-    print(write_report(arguments.output, {**conditions, "torch": torch.__version__}))
+    conditions |= {"model": model_name(arguments.model), "torch": torch.__version__}
+    print(write_report(arguments.output, conditions))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_cases import CPU, custom_case, tiny_bench, tiny_cases
 
-from echolora_kernels.benchmarks import command, layers, memory, plots, report, timing
+from echolora_kernels.benchmarks import command, events, layers, memory, plots, report, timing
 from echolora_kernels.benchmarks.check import check
 from echolora_kernels.benchmarks.problem import Implementation
 from echolora_kernels.method import model
@@ -207,7 +207,7 @@ class _Gpu:
     """Stands in for torch.cuda and writes down what it is asked for."""
 
     def __init__(self, captures=True):
-        self.log, self.captures, self.now = [], captures, 0.0
+        self.log, self.captures, self.now, self.late = [], captures, 0.0, iter(())
 
     def install(self, monkeypatch):
         gpu = self
@@ -219,6 +219,9 @@ class _Gpu:
             def record(self):
                 gpu.now += 1.0
                 self.at = gpu.now
+
+            def query(self):
+                return next(gpu.late, False)
 
             def elapsed_time(self, end):
                 assert gpu.log[-1] == "synchronize"
@@ -261,6 +264,29 @@ def test_graphs_on_a_gpu(monkeypatch, phase):
     assert {(of.timer, of.note, of.median) for of in found.values()} == {("graph", "", 1.0)}
     replays = 2 if phase == "backward" else 1  # the forward pass, which is not timed
     assert gpu.log[-5 if replays == 2 else -3 :] == ["replay"] * 2 * replays + ["synchronize"]
+
+
+def test_the_host_is_ahead_of_what_is_timed(monkeypatch):
+    """Where the device has begun before all is launched, the turn is taken again behind more clears, up to a limit."""
+    gpu, clears = _Gpu(), []
+    gpu.install(monkeypatch)
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda self: clears.append(len(gpu.log)))
+    backlog = events.Backlog(torch.empty(1), clears=2)
+    for late, wants in ([True, True, False], [2, 4, 8]), ([True] * 9, [8, 16]), ([True], [16]):
+        clears.clear()
+        gpu.late, gpu.log, turns = iter(late), [], []
+        read = backlog.take(lambda: gpu.log.append("set up") or "state", turns.append)
+        torch.cuda.synchronize()
+        assert read() == 1.0 and turns == ["state"] * len(wants)
+        assert [clears.count(turn) for turn in range(1, len(wants) + 1)] == wants
+
+
+def test_a_step_is_timed_as_it_is_run(monkeypatch):
+    timer = _Gpu().install(monkeypatch)
+    x = torch.ones(2, requires_grad=True)
+    made = Implementation(lambda: [x * 2], {"x": x}, [torch.ones(2)], None)
+    found = {as_run: timer.compare({"a": made}, "both", rounds=2, as_run=as_run)["a"] for as_run in (True, False)}
+    assert [(of.timer, of.note) for of in found.values()] == [("events", ""), ("graph", "")]
 
 
 def test_what_cannot_be_captured_is_timed_with_events(monkeypatch):

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,17 +177,23 @@ def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch):
     calls = []
 
     class Tokenizer:
+        eos_token = "<of another version>"
+
+        def convert_ids_to_tokens(self, index):
+            return f"<{index}>"
+
         def save_pretrained(self, folder):
-            (folder / "tokenizer.json").write_text("{}")
+            (folder / "tokenizer.json").write_text(self.eos_token)
 
     def load(pretrained_model_name_or_path, gguf_file, dtype):
         calls.append(gguf_file)
-        return base_model()
+        return base_model(eos_token_id=2)
 
     monkeypatch.setattr(integration.AutoModelForCausalLM, "from_pretrained", load)
     monkeypatch.setattr(integration.AutoTokenizer, "from_pretrained", lambda *_, **__: Tokenizer())
     folder = integration.resolve_model(str(gguf))
     assert integration.resolve_model(str(gguf)) == folder and calls == ["tiny.gguf"]
+    assert Path(folder, "tokenizer.json").read_text() == "<2>"  # answers end with the token that the model ends with
     gguf.write_bytes(b"another file")
     assert integration.resolve_model(str(gguf)) != folder and len(calls) == 2
     assert len(list((tmp_path / "cache").iterdir())) == 2

@@ -1,7 +1,12 @@
 """examples/commonsense on a tiny model: the runs, going on, and what the report makes of them."""
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -9,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from echolora_kernels.errors import DataError
 from echolora_kernels.training.data import collate
 from echolora_kernels.training.evaluate import exact_match
 
@@ -79,6 +85,51 @@ def test_an_experiment_runs_goes_on_and_reports(tasks, model_folder, tmp_path, e
     assert after == before
     with pytest.raises(SystemExit, match="other settings"):
         run("--max-length", "100")
+
+
+def test_workers_give_the_results_of_one(tasks, model_folder, tmp_path, example):
+    """An interrupt in the second stage ends every process; what is there and what one process adds are as of one."""
+
+    def started(output, *more):
+        return words(tasks, model_folder, output, "--lrs", "1e-3", "--seeds", "2", *more)
+
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    first = subprocess.Popen(
+        [sys.executable, FOLDER / "experiment.py", *started(shared, "--workers", "2")],
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    while not list(shared.glob("runs/*seed0.json")):
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)  # to this process alone
+    assert first.wait(timeout=30) != 0 and not (shared / "results.json").exists()
+    with pytest.raises(ProcessLookupError):  # once the last of its processes has gone
+        for _ in range(100):
+            os.killpg(first.pid, 0)
+            time.sleep(0.05)
+    begun = {file: file.stat().st_mtime_ns for file in (shared / "runs").iterdir()}
+    assert 1 + 4 + 1 <= len(begun) < 1 + 4 + 8
+
+    contents = []
+    for output in shared, alone:
+        example("experiment").main(started(output))
+        contents.append(json.loads((output / "results.json").read_text()))
+        for run in contents[-1]["runs"]:
+            del run["seconds"]
+    assert contents[0] == contents[1] and len(contents[0]["runs"]) == 8
+    assert all(file.stat().st_mtime_ns == when for file, when in begun.items())
+    assert {file.name for file in (shared / "runs").iterdir()} == {file.name for file in (alone / "runs").iterdir()}
+    assert contents[0]["conditions"]["model"] == model_folder.name  # no path in what is kept
+    assert not any(str(model_folder.parent) in file.read_text() for file in (shared / "runs").iterdir())
+
+
+def test_a_worker_that_fails_ends_the_experiment(tasks, model_folder, tmp_path, example):
+    script, options = example("experiment"), words(tasks, model_folder, tmp_path, "--tasks", "threes")
+    with pytest.raises(DataError, match="threes"), script.workers(2) as pool:
+        list(script.Plan(options, pool).done([None]))
+    assert not multiprocessing.active_children()
+    with pytest.raises(SystemExit):
+        script.main([*options, "--workers", "0"])
 
 
 def test_intervals_cover_what_they_should(report):

@@ -24,10 +24,11 @@ from echolora_kernels.ops.echo_lora_linear import (
     configs,
     triton_backward_launch,
     triton_descriptors,
-    triton_forward,
+    triton_forward_launch,
     triton_scale,
 )
 from echolora_kernels.ops.echo_lora_linear.dropout import Dropout
+from echolora_kernels.ops.echo_lora_linear.launch import Launch
 from echolora_kernels.ops.echo_networks import triton_launch
 
 SHARED_LIMIT = {
@@ -52,20 +53,15 @@ ROWS, T, WIDTH = 8192, 512, 4096
 
 
 class Recorder:
-    """Stands in for `launch.run` and keeps what it was given."""
+    """Stands in for `launch.run` and `Launch.run`, and keeps what they were given."""
 
     def __init__(self):
         self.launches = []
-        for module in (
-            triton_forward,
-            triton_backward_launch,
-            triton_descriptors,
-            triton_scale,
-            triton_norm,
-            triton_launch,
-            triton_losses,
-        ):
+        for module in (triton_launch, triton_losses):
             module.run = self
+        Launch.run = lambda planned, device, **tensors: self(
+            planned.kernel, None, device, planned.tile, **planned.arguments(tensors)
+        )
 
     def __call__(self, kernel, grid, device, tile, **arguments):
         self.launches.append((kernel, tile, arguments))
@@ -97,9 +93,10 @@ def source(kernel, arguments):
 
 
 def inspect(compiled):
-    """Registers, spills and matrix instructions of a compiled CUDA kernel."""
+    """Registers, spills and matrix instructions of a compiled CUDA kernel, and how many products go on from a sum."""
+    chained = _chained(compiled.asm["ttgir"])
     if "cubin" not in compiled.asm:
-        return {"mfma": len(re.findall(r"v_mfma", compiled.asm["amdgcn"]))}
+        return {"mfma": len(re.findall(r"v_mfma", compiled.asm["amdgcn"])), "chained": chained}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -110,7 +107,13 @@ def inspect(compiled):
         for name in ("HGMMA", "HMMA", "LDL", "STL", "UTCHMMA", "UTMALDG", "UTMASTG")
     }
     registers = re.search(r"REG:(\d+)", usage)
-    return {"registers": int(registers.group(1)) if registers else None, **count}
+    return {"registers": int(registers.group(1)) if registers else None, "chained": chained, **count}
+
+
+def _chained(code):
+    """Products that do not start from zero; Hopper's on its matrix units are not among them."""
+    zeros = set(re.findall(r"(%\w+) = arith\.constant dense<0\.0", code))
+    return sum(start not in zeros for start in re.findall(r" = tt\.dot %[\w#]+, %[\w#]+, (%[\w#]+)", code))
 
 
 def _output(program, *arguments):
@@ -134,7 +137,7 @@ def launches(arch, dtype, everything):
     echo = {"delta": delta, "mask": mask}
     y = torch.empty(ROWS, WIDTH, **meta)
     none, some = Dropout(), Dropout(0.1, torch.empty(1, dtype=torch.int64, device="meta"))
-    linear, shrink, dora_norm = triton_forward.linear, triton_forward.shrink, triton_norm.dora_norm
+    linear, shrink, dora_norm = triton_forward_launch.linear, triton_forward_launch.shrink, triton_norm.dora_norm
     adapter_backward = triton_backward_launch.adapter_backward
     lora_a_backward = triton_backward_launch.lora_a_backward
     input_backward = triton_backward_launch.input_backward

@@ -14,19 +14,53 @@ def _seeded():
 
 
 @pytest.fixture
+def forget():
+    """Call it to have everything planned and chosen anew."""
+    return _forget
+
+
+@pytest.fixture(autouse=True)
+def _planned_anew():
+    _forget()
+    yield
+    _forget()
+
+
+def _forget():
+    from echolora_kernels.ops.dora_norm import triton_norm
+    from echolora_kernels.ops.echo_lora_linear import (
+        triton_backward_launch,
+        triton_descriptors,
+        triton_forward_launch,
+        triton_products,
+        triton_scale,
+    )
+
+    modules = (
+        triton_norm,
+        triton_forward_launch,
+        triton_backward_launch,
+        triton_descriptors,
+        triton_products,
+        triton_scale,
+    )
+    for module in modules:
+        for function in vars(module).values():
+            getattr(function, "cache_clear", lambda: None)()
+
+
+@pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels that are launched."""
-    from echolora_kernels.ops.dora_norm import triton_norm
-    from echolora_kernels.ops.echo_lora_linear import launch, triton_backward_launch, triton_forward, triton_scale
+    from echolora_kernels.ops.echo_lora_linear.launch import Launch
 
-    names = []
+    names, run = [], Launch.run
 
-    def record(kernel, grid, *arguments, **options):
-        names.append(kernel.fn.__name__)
-        launch.run(kernel, grid, *arguments, **options)
+    def record(planned, device, **tensors):
+        names.append(planned.kernel.fn.__name__)
+        run(planned, device, **tensors)
 
-    for module in (triton_forward, triton_backward_launch, triton_scale, triton_norm):
-        monkeypatch.setattr(module, "run", record)
+    monkeypatch.setattr(Launch, "run", record)
     return names
 
 

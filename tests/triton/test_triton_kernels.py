@@ -13,7 +13,7 @@ from echolora_kernels.ops.echo_lora_linear.triton_backward_launch import (
     input_backward,
     lora_a_backward,
 )
-from echolora_kernels.ops.echo_lora_linear.triton_forward import linear, shrink
+from echolora_kernels.ops.echo_lora_linear.triton_forward_launch import linear, shrink
 from echolora_kernels.ops.echo_lora_linear.triton_scale import scale_rows
 
 N, T, D_IN, D_OUT, R = 3, 37, 71, 83, 20

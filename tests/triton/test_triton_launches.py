@@ -5,7 +5,7 @@ import torch
 from linear_cases import SITES
 from triton_cases import NORM, make
 
-from echolora_kernels.ops.echo_lora_linear import launch, triton_backward_launch
+from echolora_kernels.ops.echo_lora_linear.launch import Launch
 
 FORWARD = ["shrink_fwd_kernel", "linear_fwd_kernel"]
 BACKWARD = ["adapter_bwd_kernel", "lora_a_bwd_kernel", "input_bwd_kernel"]
@@ -52,12 +52,13 @@ def test_nothing_is_launched_for_an_empty_batch(launches):
 
 def test_the_matrix_instructions_see_ds_in_the_dtype_of_x(monkeypatch):
     """It is summed in float32, in which they are slower."""
-    seen = {}
+    seen, run = {}, Launch.run
 
-    def record(kernel, grid, device, tile, **arguments):
-        seen[kernel.fn.__name__] = arguments["ds"].dtype
-        launch.run(kernel, grid, device, tile, **arguments)
+    def record(planned, device, **tensors):
+        if "ds" in tensors:
+            seen[planned.kernel.fn.__name__] = tensors["ds"].dtype
+        run(planned, device, **tensors)
 
-    monkeypatch.setattr(triton_backward_launch, "run", record)
+    monkeypatch.setattr(Launch, "run", record)
     make(dtype=torch.float16).results("triton")
     assert seen == dict(zip(BACKWARD, (torch.float32, torch.float16, torch.float16), strict=True))

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from echolora_kernels.ops.echo_lora_linear import (
     candidates,
     triton_backward_launch,
     triton_descriptors,
-    triton_forward,
+    triton_forward_launch,
     triton_products,
 )
 from echolora_kernels.ops.echo_lora_linear.candidates import Entry, Problem, choose, table_for
 from echolora_kernels.ops.echo_lora_linear.configs import Device
+from echolora_kernels.ops.echo_lora_linear.launch import Launch
 from echolora_kernels.tuning import command, run, shapes, table, timing, ways
 from echolora_kernels.tuning.request import Request
 from echolora_kernels.tuning.select import Measured, Result
@@ -31,7 +33,7 @@ LLAMA = Problem("forward", 8192, 4096, 4096, 16, "bfloat16", "sm_90")
 TINY = Problem("forward", 24, 40, 32, 4, "float16", "cpu")
 DRY = ("--dry-run", "--method", "lora", "--shapes", "smollm2-135m")
 
-MODULES = (triton_forward, triton_backward_launch, triton_descriptors, triton_products)
+MODULES = (triton_forward_launch, triton_backward_launch, triton_descriptors, triton_products)
 
 needs_triton = pytest.mark.skipif(why_not("triton") is not None, reason=f"triton: {why_not('triton')}")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -40,14 +42,13 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 @pytest.fixture
 def launched(monkeypatch):
     """(kernel, tile) of each launch."""
-    taken = []
-    for module in MODULES[:-1]:
+    taken, run_planned = [], Launch.run
 
-        def record(kernel, grid, device, tile, original=module.run, **arguments):
-            taken.append((kernel.fn.__name__, tile))
-            original(kernel, grid, device, tile, **arguments)
+    def record(planned, device, **tensors):
+        taken.append((planned.kernel.fn.__name__, planned.tile))
+        run_planned(planned, device, **tensors)
 
-        monkeypatch.setattr(module, "run", record)
+    monkeypatch.setattr(Launch, "run", record)
     return taken
 
 
@@ -283,6 +284,24 @@ def test_a_failing_way_does_not_end_the_rest(monkeypatch):
     found = run.measure(replace(TINY, product="input-gradient"), torch.device("cpu"), CPU, 1, 1)
     assert found.fastest.way.candidate == "fused"
     assert {each.problem for each in found.measured} == {None, "RuntimeError: out of"}
+
+
+def test_threads_have_the_context_of_the_device(monkeypatch):
+    """Each has launched something on it before a way."""
+    begun, zeros = set(), torch.zeros
+
+    def launched(*sizes, **options):
+        begun.add(threading.get_ident())
+        return zeros(*sizes, **options)
+
+    def attempt(product, way):
+        assert threading.get_ident() in begun
+        raise RuntimeError("only asked")
+
+    monkeypatch.setattr(torch, "zeros", launched)
+    monkeypatch.setattr(ways.Product, "run", attempt)
+    found = run.measure(TINY, torch.device("cpu"), CPU, 1, 2)
+    assert {each.problem for each in found.measured} == {"RuntimeError: only asked"}
 
 
 def test_actions_take_turns():

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from ..echo_lora_linear import configs
-from ..echo_lora_linear.configs import Tile
-from ..echo_lora_linear.launch import accumulator, device_of, run
+from ..echo_lora_linear.configs import Device, Tile
+from ..echo_lora_linear.launch import Kind, Launch, accumulator, device_of, kind, planned, strides
 from ..echo_lora_linear.rows import accumulator_dtype
 
 
@@ -125,35 +125,54 @@ def dora_norm(
     Returns:
         norm, and the gain where a magnitude is given: [N], float32, or float64 where an argument is.
     """
-    d_out, d_in = weight.shape
-    rank, device = lora_a.shape[0], device_of(weight)
+    wide = accumulator_dtype(torch.promote_types(weight.dtype, lora_a.dtype))
+    squares_plan, gain_plan, splits = _norm_plans(
+        kind(weight), kind(lora_a), kind(lora_b), strides(magnitude), float(scaling), tile, splits, device_of(weight)
+    )
+    squares = weight.new_empty((splits, weight.shape[0]), dtype=wide)
+    squares_plan.run(weight.device, w=weight, a=lora_a, b=lora_b, squares=squares)
+    norm = squares.new_empty((weight.shape[0],))
+    gain = None if magnitude is None else squares.new_empty((weight.shape[0],))
+    gain_plan.run(weight.device, squares=squares, magnitude=magnitude, norm=norm, gain=gain)
+    return norm, gain
+
+
+@planned
+def _norm_plans(
+    weight: Kind,
+    lora_a: Kind,
+    lora_b: Kind,
+    magnitude: tuple[int, ...] | None,
+    scaling: float,
+    tile: Tile | None,
+    splits: int | None,
+    device: Device,
+) -> tuple[Launch, Launch, int]:
+    """The two launches, and how many programs share one row; magnitude is its strides."""
+    (d_out, d_in), w_strides, w_dtype = weight
+    (rank, _), a_strides, a_dtype = lora_a
+    _, b_strides, _ = lora_b
     block_r = min(configs.MAX_NORM_RANK_STEP, configs.rank_block(rank))
-    wide = torch.promote_types(weight.dtype, lora_a.dtype)
+    wide = torch.promote_types(w_dtype, a_dtype)
     tile = tile or configs.dora_norm_tile(wide, device.arch)
     splits = splits or configs.dora_norm_splits(tile, d_out, d_in, device.processors)
     per_split = configs.per_split(d_in, tile.inner, splits)
     splits = max(1, -(-d_in // per_split))
-    squares = weight.new_empty((splits, d_out), dtype=accumulator_dtype(wide))
-    run(
+    squares = Launch(
         dora_squares_fwd_kernel,
         (-(-d_out // tile.rows), splits),
-        weight.device,
         tile,
-        w=weight,
-        a=lora_a,
-        b=lora_b,
-        squares=squares,
         N=d_out,
         K=d_in,
         R=rank,
         K_PER_SPLIT=per_split,
-        stride_w_n=weight.stride(0),
-        stride_w_k=weight.stride(1),
-        stride_a_r=lora_a.stride(0),
-        stride_a_k=lora_a.stride(1),
-        stride_b_n=lora_b.stride(0),
-        stride_b_r=lora_b.stride(1),
-        SCALING=float(scaling),
+        stride_w_n=w_strides[0],
+        stride_w_k=w_strides[1],
+        stride_a_r=a_strides[0],
+        stride_a_k=a_strides[1],
+        stride_b_n=b_strides[0],
+        stride_b_r=b_strides[1],
+        SCALING=scaling,
         STAGES=tile.num_stages,
         BLOCK_N=tile.rows,
         BLOCK_K=tile.inner,
@@ -161,25 +180,18 @@ def dora_norm(
         RANK_STEPS=-(-rank // block_r),
         ACC=accumulator(wide),
         # on matrix units, yet as exact as float32 allows; others know no such way
-        PRECISION="ieee" if lora_a.dtype != torch.float32 or torch.version.hip else "tf32x3",
+        PRECISION="ieee" if a_dtype != torch.float32 or torch.version.hip else "tf32x3",
     )
-    norm = squares.new_empty((d_out,))
-    gain = None if magnitude is None else squares.new_empty((d_out,))
-    run(
+    gain = Launch(
         dora_gain_fwd_kernel,
         (-(-d_out // tile.rows),),
-        weight.device,
         tile,
-        squares=squares,
-        magnitude=magnitude,
-        norm=norm,
-        gain=gain,
         N=d_out,
         SPLITS=splits,
-        stride_magnitude=0 if magnitude is None else magnitude.stride(0),
-        FLOOR=torch.finfo(norm.dtype).tiny,
+        stride_magnitude=0 if magnitude is None else magnitude[0],
+        FLOOR=torch.finfo(accumulator_dtype(wide)).tiny,
         HAS_MAGNITUDE=magnitude is not None,
         BLOCK_N=tile.rows,
         BLOCK_SPLITS=configs.MAX_NORM_SPLITS,
     )
-    return norm, gain
+    return squares, gain, splits

@@ -117,9 +117,14 @@ def _rule(problem: Problem, can: tuple[str, ...]) -> tuple[str, str]:
         return "fused", "Triton's interpreter has no vendor GEMM to prefer"
     if problem.dtype == "float64":
         return can[1], "Triton has no float64 matrix instructions"
-    if problem.m * min(problem.n, problem.k) < 128 * 1024:
+    if small(problem.m, problem.n, problem.k):
         return "fused", "small: one launch costs less than two"
     return can[1], "no measurement near: the vendor's GEMM is the safe choice"
+
+
+def small(m: int, n: int, k: int) -> bool:
+    """Whether a product of these sizes takes a GPU less time than the host needs to start it."""
+    return m * min(n, k) < 128 * 1024
 
 
 def _fits(entry: Entry, problem: Problem) -> bool:

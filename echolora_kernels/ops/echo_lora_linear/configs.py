@@ -15,8 +15,8 @@ GROUP = 8
 # the rank enters the matmul kernels in steps of at most this many columns
 MAX_RANK_STEP = 64
 MAX_RANK = 256
-# above this rank, partial sums of dS would move more bytes than a second read of dY
-ONE_PASS_RANK = 64
+# above this rank, partial sums of dS would take longer than a second read of dY (measured on an H100)
+ONE_PASS_RANK = 32
 # the rank enters D0, where each float32 operand is held as two, in smaller steps
 MAX_NORM_RANK_STEP = 32
 # programs that share one row's norm in D0, whose partial sums one block holds
@@ -27,7 +27,8 @@ MAX_NORM_SPLITS = 16
 class Tile:
     """How one launch cuts its work: an output tile [rows, cols], contracted `inner` at a time.
 
-    Kernels whose output is as wide as the rank leave one side at 0.
+    Kernels whose output is as wide as the rank leave one side at 0. The programs of a persistent launch are as many as
+    the device has processors, and go through the tiles.
     """
 
     rows: int
@@ -35,6 +36,7 @@ class Tile:
     inner: int
     num_warps: int
     num_stages: int
+    persistent: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,24 +63,26 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
         "flat": Tile(64, 128, 16, 8, 1),
         "flat on sm_120": Tile(64, 128, 16, 4, 1),
     },
-    ("matmul", "single"): {"twin": Tile(64, 32, 16, 8, 2), "small": Tile(64, 64, 32, 8, 2)},
+    ("matmul", "single"): {"twin": Tile(64, 32, 32, 8, 2), "small": Tile(64, 64, 32, 8, 2)},
     ("matmul", "double"): {"twin": Tile(32, 32, 16, 4, 1), "small": Tile(32, 32, 16, 4, 1)},
-    # persistent, through tensor descriptors
+    # through tensor descriptors
     ("descriptor", "half"): {
-        "wide": Tile(128, 256, 64, 8, 3),
-        "large": Tile(128, 128, 64, 8, 3),
-        "small": Tile(64, 128, 64, 4, 4),
+        "wide": Tile(128, 256, 64, 8, 3, persistent=True),
+        "large": Tile(128, 128, 64, 8, 3, persistent=True),
+        "small": Tile(64, 128, 64, 4, 4, persistent=True),
+        "pair": Tile(128, 128, 64, 4, 3),
     },
-    ("descriptor", "single"): {"small": Tile(64, 64, 32, 8, 2)},
-    ("descriptor", "double"): {"small": Tile(32, 32, 16, 4, 1)},
+    ("descriptor", "single"): {"small": Tile(64, 64, 32, 8, 2, persistent=True)},
+    ("descriptor", "double"): {"small": Tile(32, 32, 16, 4, 1, persistent=True)},
     ("shrink", "half"): {
-        "thin": Tile(64, 0, 64, 4, 3),
+        "slim": Tile(32, 0, 128, 4, 4),
+        "thin": Tile(32, 0, 64, 4, 4),
         "thick": Tile(64, 0, 32, 8, 2),
         "thick on sm_120": Tile(32, 0, 64, 8, 2),  # the taller one spills there, and there is no HGMMA to need it
     },
     ("shrink", "single"): {"thin": Tile(32, 0, 32, 4, 2), "thick": Tile(32, 0, 16, 8, 1)},
     ("shrink", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
-    ("adapter_bwd", "half"): {"thin": Tile(128, 0, 32, 8, 3), "thick": Tile(64, 0, 32, 8, 2)},
+    ("adapter_bwd", "half"): {"thin": Tile(256, 0, 32, 8, 3), "thick": Tile(64, 0, 32, 8, 2)},
     ("adapter_bwd", "single"): {"thin": Tile(32, 0, 16, 8, 2), "thick": Tile(32, 0, 16, 8, 1)},
     ("adapter_bwd", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
     ("lora_a_bwd", "half"): {"thin": Tile(0, 128, 64, 8, 3), "thick": Tile(0, 64, 32, 8, 2)},
@@ -129,9 +133,9 @@ def matmul_tile(rows: int, cols: int, dtype: torch.dtype, device: Device, load: 
         load: what the kernel keeps in registers, see `forward_load` and `input_load`.
     """
     listed = candidates("matmul", dtype, device.arch)
-    tiles = [
-        listed[name] for name in matmul_tiles(load) if name in listed and name != "flat"
-    ]  # that has to be measured
+    if load.startswith("added") and "flat" in listed and device.arch == "sm_90":  # as an H100 showed
+        return listed["flat"]
+    tiles = [listed[name] for name in matmul_tiles(load) if name in listed and name != "flat"]
     for tile in tiles:
         if -(-rows // tile.rows) * -(-cols // tile.cols) >= device.processors:
             return tile
@@ -173,7 +177,7 @@ def descriptor_tile(rows: int, cols: int, rank: int, dtype: torch.dtype, device:
     tiles = candidates("descriptor", dtype, device.arch)
     for name in descriptor_tiles(rank, rich):
         tile = tiles.get(name)
-        if tile and -(-rows // tile.rows) * -(-cols // tile.cols) >= device.processors:
+        if tile and tile.persistent and -(-rows // tile.rows) * -(-cols // tile.cols) >= device.processors:
             return tile
     return tiles["small"]
 
@@ -183,7 +187,7 @@ def descriptor_tiles(rank: int, rich: bool) -> tuple[str, ...]:
 
     The wide one is for thin adapters without a rich epilogue: others would spill or exceed the shared memory.
     """
-    return ("large", "small") if rich or rank > 16 else ("wide", "large", "small")
+    return ("large", "small", "pair") if rich or rank > 16 else ("wide", "large", "small", "pair")
 
 
 def named(tile: str | None, kernel: str, allowed: tuple[str, ...], dtype: torch.dtype, arch: str) -> Tile | None:
@@ -202,6 +206,8 @@ def uses_descriptors(rank: int, dtype: torch.dtype, arch: str) -> bool:
 
 def shrink_tile(block_r: int, dtype: torch.dtype, arch: str) -> Tile:
     """Tile of F1 for a padded rank."""
+    if block_r <= 16 and "slim" in (tiles := candidates("shrink", dtype, arch)):
+        return tiles["slim"]
     return _by_rank("shrink", block_r, dtype, arch)
 
 
@@ -230,9 +236,12 @@ def _by_rank(kernel: str, block_r: int, dtype: torch.dtype, arch: str) -> Tile:
 
 
 def shrink_splits(tile: Tile, rows: int, width: int, processors: int) -> int:
-    """Programs that share one row's contraction in F1: enough to occupy the device, each with at least 8 steps."""
+    """Programs that share one row's contraction in F1: where row tiles leave half of the device idle, with 8 steps each.
+
+    Adding up what they found is a launch of its own.
+    """
     row_tiles = max(1, -(-rows // tile.rows))
-    return max(1, min(2 * processors // row_tiles, width // (8 * tile.inner)))
+    return max(1, min(processors // (2 * row_tiles), width // (8 * tile.inner)))
 
 
 def dora_norm_splits(tile: Tile, rows: int, width: int, processors: int) -> int:

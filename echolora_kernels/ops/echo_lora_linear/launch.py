@@ -3,37 +3,118 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...backends import interpreting
 from ...errors import BackendUnavailable
 from .configs import Device, Tile
 from .dropout import Dropout
 
+# how many sizes of each launch are remembered; a sequence length that never came before costs some microseconds
+PLANS = 4096
+planned: Callable[[Callable], Any] = functools.lru_cache(PLANS)
+# what a plan knows of a tensor: shape, strides, dtype
+Kind = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+class Launch:
+    """A launch but for its tensors, made once for all calls with the same sizes.
+
+    Triton's own dispatch looks at every argument anew, which takes longer than most kernels of a small layer.
+
+    Args:
+        kernel, grid, tile: what to launch.
+        blocks: the block shape of each tensor that the kernel takes as a tensor descriptor.
+        constants: every argument that is no tensor.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        tile: Tile,
+        blocks: Mapping[str, list[int]] | None = None,
+        **constants: Any,
+    ) -> None:
+        self.kernel, self.tile = kernel, tile
+        self._constants, self._blocks = constants, blocks or {}
+        self._grid = (*grid, 1, 1)[:3]
+        self._values = [constants.get(name) for name in kernel.arg_names]
+        self._places = {name: place for place, name in enumerate(kernel.arg_names)}
+        self._started: dict[tuple[Any, ...], Callable] = {}
+
+    def run(self, device: torch.device, **tensors: torch.Tensor | None) -> None:
+        """Launch on `device`'s current stream; nothing happens where the grid is empty."""
+        if 0 in self._grid:
+            return
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._run(device, tensors)
+        else:
+            self._run(device, tensors)
+
+    def arguments(self, tensors: Mapping[str, torch.Tensor | None]) -> dict[str, Any]:
+        """All that the kernel takes, by name."""
+        return {**self._constants, **tensors, **self._descriptors(tensors)}
+
+    def _descriptors(self, tensors: Mapping[str, Any]) -> dict[str, TensorDescriptor]:
+        return {name: TensorDescriptor.from_tensor(tensors[name], block) for name, block in self._blocks.items()}
+
+    def _run(self, device: torch.device, tensors: dict[str, torch.Tensor | None]) -> None:
+        # all that the compiler is told of a tensor, and the device that a compiled kernel is loaded on
+        key = (device.index, *[None if t is None else (t.dtype, not t.data_ptr() & 15) for t in tensors.values()])
+        start = self._started.get(key)
+        if start is None:
+            compiled = self.kernel[self._grid](**self.arguments(tensors), **options(self.tile))
+            if isinstance(self.kernel, triton.JITFunction):  # the interpreter compiles nothing
+                self._started[key] = compiled[self._grid]
+            return
+        values = self._values.copy()
+        for name, value in tensors.items():
+            values[self._places[name]] = value
+        if self._blocks:
+            for name, value in self._descriptors(tensors).items():
+                values[self._places[name]] = value
+        start(*values)
+
+
+def options(tile: Tile) -> dict[str, Any]:
+    """What the compiler is told beside the arguments."""
+    # the compiler's default for fused multiply-add differs between Triton releases
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+
+
+def kind(tensor: torch.Tensor) -> Kind:
+    """What a plan knows of `tensor`."""
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def strides(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
+    """A tensor's strides, where there is one."""
+    return None if tensor is None else tensor.stride()
+
 
 def run(kernel: Any, grid: Sequence[int], device: torch.device, tile: Tile, **arguments: Any) -> None:
     """Launch `kernel` on `device`'s current stream; nothing happens where the grid is empty."""
     if 0 in grid:
         return
-    # the compiler's default for fused multiply-add differs between Triton releases
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[tuple(grid)](**arguments, **options)
+            kernel[tuple(grid)](**arguments, **options(tile))
     else:
-        kernel[tuple(grid)](**arguments, **options)
+        kernel[tuple(grid)](**arguments, **options(tile))
 
 
-def echo_arguments(delta: torch.Tensor | None, mask: torch.Tensor | None) -> dict[str, Any]:
-    """Delta [n, width] and its mask [n, T] as the kernels take them; strides of 0 where there is no echo."""
-    stride_delta, stride_mask = ((0, 0) if tensor is None else tensor.stride() for tensor in (delta, mask))
+def echo_strides(delta: tuple[int, ...] | None, mask: tuple[int, ...] | None) -> dict[str, int]:
+    """Strides of Delta [n, width] and its mask [n, T] as the kernels take them; 0 where there is no echo."""
+    stride_delta, stride_mask = delta or (0, 0), mask or (0, 0)
     return {
-        "delta": delta,
-        "mask": mask,
         "stride_delta_n": stride_delta[0],
         "stride_delta_d": stride_delta[1],
         "stride_mask_n": stride_mask[0],
@@ -41,8 +122,9 @@ def echo_arguments(delta: torch.Tensor | None, mask: torch.Tensor | None) -> dic
     }
 
 
-def dropout_constants(dropout: Dropout) -> dict[str, Any]:
-    """The compile-time arguments of a kernel that replays `dropout`."""
+def dropout_constants(p: float) -> dict[str, Any]:
+    """The compile-time arguments of a kernel that replays dropout with this probability."""
+    dropout = Dropout(p)
     return {"DROPOUT": dropout.p > 0, "DROP_BELOW": dropout.drop_below, "KEEP_SCALE": dropout.keep_scale}
 
 

@@ -37,6 +37,8 @@ def one_sample(rows: torch.Tensor) -> torch.Tensor:
 
 def flat(rows: torch.Tensor) -> torch.Tensor:
     """[n, T, width] as [n * T, width], copied only where the strides forbid a view."""
+    if rows.is_contiguous():
+        return rows.view(-1, rows.shape[2])
     return one_sample(rows).reshape(rows.shape[0] * rows.shape[1], rows.shape[2])
 
 

@@ -13,7 +13,7 @@ inputs give the same bits. Their launchers are in `triton_backward_launch`.
 import triton
 import triton.language as tl
 
-from .triton_blocks import dropped, keep_mask, row_offsets, swizzled_tile
+from .triton_blocks import add_dot, dropped, keep_mask, row_offsets, swizzled_tile
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def adapter_bwd_kernel(
             tl.store(p_ds, b_ds.to(ds.dtype.element_ty), mask=m_s)
         if NEED_DB or NEED_DGAIN:
             b_s = tl.load(s + o_m[:, None] * stride_s + o_r[None, :], mask=m_s, other=0.0)
-            b_db = tl.dot(tl.trans(b_dy), b_s, b_db, input_precision=PRECISION, out_dtype=ACC)
+            b_db = add_dot(b_db, tl.trans(b_dy), b_s, ACC, PRECISION)
         if NEED_DBIAS:
             b_dbias += tl.sum(b_dy.to(ACC), 0)
         if NEED_DGAIN:
@@ -177,10 +177,38 @@ def lora_a_bwd_kernel(
             b_in = b_in.to(ACC) + b_mask[:, None] * tl.load(p_delta, mask=m_x, other=0.0).to(ACC)
         p_ds = ds + o_m.to(tl.int64)[None, :] * R + o_r[:, None]
         b_ds = tl.load(p_ds, mask=m_r[:, None] & m_m[None, :], other=0.0)
-        b_da = tl.dot(b_ds, b_in.to(b_x.dtype), b_da, input_precision=PRECISION, out_dtype=ACC)
+        b_da = add_dot(b_da, b_ds, b_in.to(b_x.dtype), ACC, PRECISION)
 
     p_da = da + (i_split.to(tl.int64) * R + o_r)[:, None] * K + o_k[None, :]
     tl.store(p_da, b_da.to(da.dtype.element_ty), mask=m_r[:, None] & m_k[None, :])
+
+
+@triton.jit
+def add_adapter(
+    b_dx,
+    ds,
+    a,
+    o_m,
+    o_k,
+    m_m,
+    m_k,
+    R,
+    stride_a_r,
+    stride_a_k,
+    RANK_STEPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """b_dx + dS A for one output tile; rows of ds are R apart, a has any strides."""
+    for i_step in tl.range(0, RANK_STEPS, num_stages=1):
+        o_r = i_step * BLOCK_R + tl.arange(0, BLOCK_R)
+        m_r = o_r < R
+        b_ds = tl.load(ds + o_m.to(tl.int64)[:, None] * R + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)
+        p_a = a + o_r.to(tl.int64)[:, None] * stride_a_r + o_k[None, :] * stride_a_k
+        b_a = tl.load(p_a, mask=m_r[:, None] & m_k[None, :], other=0.0)
+        b_dx = add_dot(b_dx, b_ds, b_a.to(b_ds.dtype), ACC, PRECISION)
+    return b_dx
 
 
 @triton.jit
@@ -228,18 +256,17 @@ def input_bwd_kernel(
     p_dy = dy + row_offsets(o_m, T, stride_dy_n, stride_dy_t)
     p_w = w + o_k * stride_w_k
 
-    # dropout masks the adapter's share only, so that share comes before the rest
+    # dropout masks the adapter's share only, so that share comes before the rest; it comes after it where every
+    # step of the rest would be rounded to the digits of a sum that holds it
+    ADAPTER_LAST: tl.constexpr = dy.dtype.element_ty == ACC
     b_dropped = tl.zeros([BLOCK_M, BLOCK_K], ACC)
-    for i_step in tl.range(0, RANK_STEPS, num_stages=1):
-        o_r = i_step * BLOCK_R + tl.arange(0, BLOCK_R)
-        m_r = o_r < R
-        b_ds = tl.load(ds + o_m.to(tl.int64)[:, None] * R + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)
-        p_a = a + o_r.to(tl.int64)[:, None] * stride_a_r + o_k[None, :] * stride_a_k
-        b_a = tl.load(p_a, mask=m_r[:, None] & m_k[None, :], other=0.0)
-        b_dropped = tl.dot(b_ds, b_a.to(b_ds.dtype), b_dropped, input_precision=PRECISION, out_dtype=ACC)
+    if not ADAPTER_LAST:
+        b_dropped = add_adapter(
+            b_dropped, ds, a, o_m, o_k, m_m, m_k, R, stride_a_r, stride_a_k, RANK_STEPS, BLOCK_R, ACC, PRECISION
+        )  # fmt: skip
     if DROPOUT:
         seed_value = tl.load(seed)
-    if DORA_DROPOUT:
+    if DORA_DROPOUT or ADAPTER_LAST:
         b_dx = tl.zeros([BLOCK_M, BLOCK_K], ACC)
     elif DROPOUT:
         m_keep = keep_mask(seed_value, o_m, i_k, K, DROP_BELOW, BLOCK_M, BLOCK_K)
@@ -257,13 +284,19 @@ def input_bwd_kernel(
             b_gain = tl.load(gain + o_n, mask=m_n, other=0.0).to(ACC)
         if DORA_DROPOUT:
             b_rest = (b_dy.to(ACC) * (b_gain - 1.0)[None, :]).to(b_dy.dtype)
-            b_dropped = tl.dot(b_rest, b_w, b_dropped, input_precision=PRECISION, out_dtype=ACC)
+            b_dropped = add_dot(b_dropped, b_rest, b_w, ACC, PRECISION)
         elif HAS_GAIN:
             b_dy = (b_dy.to(ACC) * b_gain[None, :]).to(b_dy.dtype)
-        b_dx = tl.dot(b_dy, b_w, b_dx, input_precision=PRECISION, out_dtype=ACC)
-    if DORA_DROPOUT:
-        m_keep = keep_mask(seed_value, o_m, i_k, K, DROP_BELOW, BLOCK_M, BLOCK_K)
-        b_dx += tl.where(m_keep, b_dropped * KEEP_SCALE, 0.0)
+        b_dx = add_dot(b_dx, b_dy, b_w, ACC, PRECISION)
+    if ADAPTER_LAST:
+        b_dropped = add_adapter(
+            b_dropped, ds, a, o_m, o_k, m_m, m_k, R, stride_a_r, stride_a_k, RANK_STEPS, BLOCK_R, ACC, PRECISION
+        )  # fmt: skip
+    if DORA_DROPOUT or ADAPTER_LAST:
+        if DROPOUT:
+            m_keep = keep_mask(seed_value, o_m, i_k, K, DROP_BELOW, BLOCK_M, BLOCK_K)
+            b_dropped = tl.where(m_keep, b_dropped * KEEP_SCALE, 0.0)
+        b_dx += b_dropped
 
     p_dx = dx + o_m.to(tl.int64)[:, None] * K + o_k[None, :]
     if HAS_BASE:  # what the other projections of a group have contributed

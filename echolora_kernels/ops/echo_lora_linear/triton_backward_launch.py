@@ -5,13 +5,25 @@ from __future__ import annotations
 import torch
 
 from . import configs
-from .configs import Tile
+from .configs import Device, Tile
 from .dropout import Dropout
 from .kernels import AdapterGradients
-from .launch import accumulator, device_of, dropout_constants, echo_arguments, input_precision, reduce_partials, run
-from .rows import Rows, accumulator_dtype, one_sample
+from .launch import (
+    Kind,
+    Launch,
+    accumulator,
+    device_of,
+    dropout_constants,
+    echo_strides,
+    input_precision,
+    kind,
+    planned,
+    reduce_partials,
+    strides,
+)
+from .rows import accumulator_dtype, one_sample
 from .triton_backward import adapter_bwd_kernel, input_bwd_kernel, lora_a_bwd_kernel
-from .triton_forward import shrink
+from .triton_forward_launch import shrink
 
 
 def adapter_backward(
@@ -47,7 +59,6 @@ def adapter_backward(
         ds [n * T, r], lora_b [N, r], bias [N], gain [N], delta [n, N].
     """
     device, rank = device_of(dy), lora_b.shape[1]
-    d_out = dy.shape[2]
     ds_apart = need_ds and rank > configs.ONE_PASS_RANK
     result = AdapterGradients()
     if ds_apart:
@@ -58,56 +69,72 @@ def adapter_backward(
 
     if not need_delta:
         dy = one_sample(dy)
-    rows = Rows.of(dy)
-    block_r = configs.rank_block(rank)
-    tile = tile or configs.adapter_bwd_tile(block_r, dy.dtype, device.arch)
-    tiles_per_sample = -(-dy.shape[1] // tile.inner)
-    row_tiles = dy.shape[0] * tiles_per_sample
+    plan, parts = _adapter_plan(
+        kind(dy), strides(s), kind(lora_b), strides(mask), float(scaling), gain is not None,
+        (need_ds, need_lora_b, need_bias, need_gain, need_delta), tile, splits, device, input_precision(dy.dtype),
+    )  # fmt: skip
+    wide = accumulator_dtype(dy.dtype)
+    ds, db, dbias, dgain, ddelta = (None if shape is None else dy.new_empty(shape, dtype=wide) for shape in parts)
+    plan.run(
+        dy.device, dy=dy, b=lora_b, s=s, gain=gain, z=z, mask=mask, ds=ds, db=db, dbias=dbias, dgain=dgain,
+        ddelta=ddelta,
+    )  # fmt: skip
+    if ds is not None:
+        result.ds = reduce_partials(ds)
+    result.lora_b = None if db is None else reduce_partials(db)
+    result.bias = None if dbias is None else reduce_partials(dbias)
+    result.gain = None if dgain is None else reduce_partials(dgain)
+    result.delta = None if ddelta is None else reduce_partials(ddelta.transpose(0, 1))
+    return result
+
+
+@planned
+def _adapter_plan(
+    dy: Kind,
+    s: tuple[int, ...] | None,
+    lora_b: Kind,
+    mask: tuple[int, ...] | None,
+    scaling: float,
+    has_gain: bool,
+    needs: tuple[bool, ...],
+    tile: Tile | None,
+    splits: int | None,
+    device: Device,
+    precision: str,
+) -> tuple[Launch, list[tuple[int, ...] | None]]:
+    """B1's launch, and the shapes of its partial sums: ds, db, dbias, dgain and ddelta, None where not needed."""
+    (samples, length, d_out), dy_strides, dtype = dy
+    (_, rank), b_strides, _ = lora_b
+    need_ds, need_lora_b, need_bias, need_gain, need_delta = needs
+    rows, block_r = samples * length, configs.rank_block(rank)
+    tile = tile or configs.adapter_bwd_tile(block_r, dtype, device.arch)
+    tiles_per_sample = -(-length // tile.inner)
+    row_tiles = samples * tiles_per_sample
     col_tiles = -(-d_out // tile.rows)
     splits = splits or configs.reduction_splits(col_tiles, row_tiles, device.processors)
     per_split = configs.per_split(row_tiles, 1, splits)
     splits = max(1, -(-row_tiles // per_split))
-
-    def partial(needed: bool, *shape: int) -> torch.Tensor | None:
-        return dy.new_empty(shape, dtype=accumulator_dtype(dy.dtype)) if needed else None
-
-    ds = partial(need_ds, col_tiles, rows.total, rank)
-    db = partial(need_lora_b, splits, d_out, rank)
-    dbias, dgain = partial(need_bias, splits, d_out), partial(need_gain, splits, d_out)
-    ddelta = partial(need_delta, dy.shape[0], tiles_per_sample, d_out)
-    mask_strides = (0, 0) if mask is None else mask.stride()
-    run(
+    mask_strides = mask or (0, 0)
+    launch = Launch(
         adapter_bwd_kernel,
         (col_tiles, splits),
-        dy.device,
         tile,
-        dy=dy,
-        b=lora_b,
-        s=s,
-        gain=gain,
-        z=z,
-        mask=mask,
-        ds=ds,
-        db=db,
-        dbias=dbias,
-        dgain=dgain,
-        ddelta=ddelta,
-        M=rows.total,
-        T=rows.per_sample,
+        M=rows,
+        T=max(1, length),
         N=d_out,
         R=rank,
         N_TILES=row_tiles,
         TILES_PER_SPLIT=per_split,
-        stride_s=0 if s is None else s.stride(0),
-        stride_dy_n=dy.stride(0),
-        stride_dy_t=dy.stride(1),
-        stride_dy_d=dy.stride(2),
-        stride_b_n=lora_b.stride(0),
-        stride_b_r=lora_b.stride(1),
+        stride_s=0 if s is None else s[0],
+        stride_dy_n=dy_strides[0],
+        stride_dy_t=dy_strides[1],
+        stride_dy_d=dy_strides[2],
+        stride_b_n=b_strides[0],
+        stride_b_r=b_strides[1],
         stride_mask_n=mask_strides[0],
         stride_mask_t=mask_strides[1],
-        SCALING=float(scaling),
-        HAS_GAIN=gain is not None,
+        SCALING=scaling,
+        HAS_GAIN=has_gain,
         NEED_DS=need_ds,
         NEED_DB=need_lora_b,
         NEED_DBIAS=need_bias,
@@ -117,16 +144,17 @@ def adapter_backward(
         BLOCK_M=tile.inner,
         BLOCK_N=tile.rows,
         BLOCK_R=block_r,
-        ACC=accumulator(dy.dtype),
-        PRECISION=input_precision(dy.dtype),
+        ACC=accumulator(dtype),
+        PRECISION=precision,
     )
-    if ds is not None:
-        result.ds = reduce_partials(ds)
-    result.lora_b = None if db is None else reduce_partials(db)
-    result.bias = None if dbias is None else reduce_partials(dbias)
-    result.gain = None if dgain is None else reduce_partials(dgain)
-    result.delta = None if ddelta is None else reduce_partials(ddelta.transpose(0, 1))
-    return result
+    shapes = (
+        (col_tiles, rows, rank),
+        (splits, d_out, rank),
+        (splits, d_out),
+        (splits, d_out),
+        (samples, tiles_per_sample, d_out),
+    )
+    return launch, [shape if need else None for shape, need in zip(shapes, needs, strict=True)]
 
 
 def lora_a_backward(
@@ -152,44 +180,57 @@ def lora_a_backward(
     Returns:
         dA, [r, K].
     """
-    rows, device = Rows.of(x), device_of(x)
-    width, rank = x.shape[2], ds.shape[1]
-    ds = ds.to(x.dtype)
-    block_r = configs.rank_block(rank)
-    tile = tile or configs.lora_a_bwd_tile(block_r, x.dtype, device.arch)
+    plan, shape = _lora_a_plan(
+        kind(x), ds.shape[1], strides(delta), strides(mask), dropout.p, tile, splits, device_of(x),
+        input_precision(x.dtype),
+    )  # fmt: skip
+    da = x.new_empty(shape, dtype=accumulator_dtype(x.dtype))
+    plan.run(x.device, x=x, ds=ds.to(x.dtype), delta=delta, mask=mask, seed=dropout.seed, da=da)
+    return reduce_partials(da).to(dtype)
+
+
+@planned
+def _lora_a_plan(
+    x: Kind,
+    rank: int,
+    delta: tuple[int, ...] | None,
+    mask: tuple[int, ...] | None,
+    dropout_p: float,
+    tile: Tile | None,
+    splits: int | None,
+    device: Device,
+    precision: str,
+) -> tuple[Launch, tuple[int, ...]]:
+    """B2's launch, and the shape of its partial sums."""
+    (samples, length, width), x_strides, dtype = x
+    rows, block_r = samples * length, configs.rank_block(rank)
+    tile = tile or configs.lora_a_bwd_tile(block_r, dtype, device.arch)
     col_tiles = -(-width // tile.cols)
-    steps = -(-rows.total // tile.inner)
-    splits = splits or configs.reduction_splits(col_tiles, steps, device.processors)
-    per_split = configs.per_split(rows.total, tile.inner, splits)
-    splits = max(1, -(-rows.total // per_split))
-    da = x.new_empty((splits, rank, width), dtype=accumulator_dtype(x.dtype))
-    run(
+    splits = splits or configs.reduction_splits(col_tiles, -(-rows // tile.inner), device.processors)
+    per_split = configs.per_split(rows, tile.inner, splits)
+    splits = max(1, -(-rows // per_split))
+    launch = Launch(
         lora_a_bwd_kernel,
         (col_tiles, splits),
-        x.device,
         tile,
-        x=x,
-        ds=ds,
-        **echo_arguments(delta, mask),
-        seed=dropout.seed,
-        da=da,
-        M=rows.total,
-        T=rows.per_sample,
+        M=rows,
+        T=max(1, length),
         K=width,
         R=rank,
         M_PER_SPLIT=per_split,
-        stride_x_n=x.stride(0),
-        stride_x_t=x.stride(1),
-        stride_x_k=x.stride(2),
-        **dropout_constants(dropout),
+        stride_x_n=x_strides[0],
+        stride_x_t=x_strides[1],
+        stride_x_k=x_strides[2],
+        **echo_strides(delta, mask),
+        **dropout_constants(dropout_p),
         HAS_DELTA=delta is not None,
         BLOCK_M=tile.inner,
         BLOCK_K=tile.cols,
         BLOCK_R=block_r,
-        ACC=accumulator(x.dtype),
-        PRECISION=input_precision(x.dtype),
+        ACC=accumulator(dtype),
+        PRECISION=precision,
     )
-    return reduce_partials(da).to(dtype)
+    return launch, (splits, rank, width)
 
 
 def input_backward(
@@ -219,41 +260,56 @@ def input_backward(
     Returns:
         dX, [n * T, K], contiguous, in dy's dtype.
     """
-    rows = Rows.of(dy)
-    d_out, d_in = weight.shape
-    rank = 0 if lora_a is None else lora_a.shape[0]
-    block_r = configs.rank_step(max(rank, 1))
-    two_products = gain is not None and dropout.on_base
-    load = configs.input_load(rank, dropout.p > 0, two_products, added=not contract)
-    tile = tile or configs.matmul_tile(rows.total, d_in, dy.dtype, device_of(dy), load)
-    dx = dy.new_empty((rows.total, d_in)) if base is None else base
-    run(
+    plan = _input_plan(
+        kind(dy), kind(weight), None if lora_a is None else kind(lora_a), gain is not None, base is not None, contract,
+        dropout.p, dropout.on_base, tile, device_of(dy), input_precision(dy.dtype),
+    )  # fmt: skip
+    dx = dy.new_empty((dy.shape[0] * dy.shape[1], weight.shape[1])) if base is None else base
+    plan.run(dy.device, dy=dy, w=weight, ds=ds, a=lora_a, gain=gain, seed=dropout.seed, dx=dx)
+    return dx
+
+
+@planned
+def _input_plan(
+    dy: Kind,
+    weight: Kind,
+    lora_a: Kind | None,
+    has_gain: bool,
+    has_base: bool,
+    contract: bool,
+    dropout_p: float,
+    dropout_on_base: bool,
+    tile: Tile | None,
+    device: Device,
+    precision: str,
+) -> Launch:
+    """B3's launch."""
+    (samples, length, _), dy_strides, dtype = dy
+    (d_out, d_in), w_strides, _ = weight
+    (rank, _), a_strides, _ = lora_a or ((0, 0), (0, 0), dtype)
+    rows, block_r = samples * length, configs.rank_step(max(rank, 1))
+    two_products = has_gain and dropout_on_base
+    load = configs.input_load(rank, dropout_p > 0, two_products, added=not contract)
+    tile = tile or configs.matmul_tile(rows, d_in, dtype, device, load)
+    return Launch(
         input_bwd_kernel,
-        (-(-rows.total // tile.rows) * -(-d_in // tile.cols),),
-        dy.device,
+        (-(-rows // tile.rows) * -(-d_in // tile.cols),),
         tile,
-        dy=dy,
-        w=weight,
-        ds=ds,
-        a=lora_a,
-        gain=gain,
-        seed=dropout.seed,
-        dx=dx,
-        M=rows.total,
-        T=rows.per_sample,
+        M=rows,
+        T=max(1, length),
         K=d_in,
         N=d_out if contract else 0,
         R=rank,
-        stride_dy_n=dy.stride(0),
-        stride_dy_t=dy.stride(1),
-        stride_dy_d=dy.stride(2),
-        stride_w_n=weight.stride(0),
-        stride_w_k=weight.stride(1),
-        stride_a_r=0 if lora_a is None else lora_a.stride(0),
-        stride_a_k=0 if lora_a is None else lora_a.stride(1),
-        **dropout_constants(dropout),
-        HAS_BASE=base is not None,
-        HAS_GAIN=gain is not None,
+        stride_dy_n=dy_strides[0],
+        stride_dy_t=dy_strides[1],
+        stride_dy_d=dy_strides[2],
+        stride_w_n=w_strides[0],
+        stride_w_k=w_strides[1],
+        stride_a_r=a_strides[0],
+        stride_a_k=a_strides[1],
+        **dropout_constants(dropout_p),
+        HAS_BASE=has_base,
+        HAS_GAIN=has_gain,
         DORA_DROPOUT=two_products,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.inner,
@@ -261,7 +317,6 @@ def input_backward(
         BLOCK_R=block_r,
         RANK_STEPS=-(-rank // block_r),
         GROUP=configs.GROUP,
-        ACC=accumulator(dy.dtype),
-        PRECISION=input_precision(dy.dtype),
+        ACC=accumulator(dtype),
+        PRECISION=precision,
     )
-    return dx

@@ -51,6 +51,21 @@ def dropped(
 
 
 @triton.jit
+def add_dot(b_sum, b_a, b_b, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """b_sum + b_a b_b, where b_sum is kept in ACC.
+
+    Full float32 has no matrix units, and its product is one chain of FMAs: each block's chain starts from zero, since
+    one chain over the whole contraction loses more digits than the vendor's GEMM does.
+    """
+    if b_a.dtype == ACC and PRECISION == "ieee":
+        # max_num_imprecise_acc, which only float8 heeds, keeps Triton from folding the sum back into the product
+        b_sum += tl.dot(b_a, b_b, input_precision=PRECISION, max_num_imprecise_acc=1, out_dtype=ACC)
+    else:
+        b_sum = tl.dot(b_a, b_b, b_sum, input_precision=PRECISION, out_dtype=ACC)
+    return b_sum
+
+
+@triton.jit
 def add_low_rank(
     b_z,
     s,
@@ -77,7 +92,7 @@ def add_low_rank(
         )
         p_b = b + o_n.to(tl.int64)[None, :] * stride_b_n + o_r.to(tl.int64)[:, None] * stride_b_r
         b_b = tl.load(p_b, mask=m_r[:, None] & m_n[None, :], other=0.0)
-        b_z = tl.dot(b_s, b_b.to(b_s.dtype), b_z, input_precision=PRECISION, out_dtype=ACC)
+        b_z = add_dot(b_z, b_s, b_b.to(b_s.dtype), ACC, PRECISION)
     return b_z
 
 

@@ -8,7 +8,7 @@ from ..dora_norm.triton_norm import dora_norm
 from .configs import MAX_RANK
 from .launch import want_runnable
 from .triton_backward_launch import adapter_backward, lora_a_backward
-from .triton_forward import shrink
+from .triton_forward_launch import shrink
 from .triton_products import adapter_input_gradient, expand, group_input_product, input_product, linear_product
 
 __all__ = [

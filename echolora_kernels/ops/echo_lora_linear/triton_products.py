@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,12 @@ from . import candidates, configs
 from .candidates import Choice, Problem
 from .configs import Tile
 from .dropout import Dropout
-from .launch import device_of
+from .launch import device_of, planned
 from .projection import Projection
-from .rows import Rows, add_product, flat, one_sample, without_autocast
+from .rows import add_product, flat, one_sample, without_autocast
 from .triton_backward_launch import input_backward
 from .triton_descriptors import describable, input_by_descriptors, linear_by_descriptors
-from .triton_forward import linear
+from .triton_forward_launch import linear
 from .triton_scale import scale_rows
 
 
@@ -35,7 +36,7 @@ def linear_product(
     shape: tuple[int, ...],
     choice: Choice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """F2 by any candidate; arguments and results as those of `triton_forward.linear`. None chooses `choice`."""
+    """F2 by any candidate; arguments and results as those of `triton_forward_launch.linear`. None chooses `choice`."""
     rank = lora_b.shape[1]
     choice = choice or _choice("forward", x, weight, rank, gain, dropout)
     rich, two_products = gain is not None or delta is not None, gain is not None and dropout.on_base
@@ -50,7 +51,7 @@ def linear_product(
     if choice.candidate == "fused":
         load = configs.forward_load(gain is not None, delta is not None, two_products)
         tile = _tile(choice, "matmul", configs.matmul_tiles(load), x)
-        if tile is None and not two_products and _by_descriptors(x, weight, weight.shape[0], rank):
+        if tile is None and not two_products and _by_descriptors(choice, x, weight, weight.shape[0], rank):
             del rest["dropout"]
             tile = _tile(choice, "descriptor", configs.descriptor_tiles(rank, rich), x)
             return linear_by_descriptors(x, weight, s, lora_b, store_z=store_z, tile=tile, **rest)
@@ -112,7 +113,7 @@ def input_product(
     if choice.candidate == "fused":
         load = configs.input_load(rank, dropout.p > 0, gain is not None and dropout.on_base)
         tile = _tile(choice, "matmul", configs.matmul_tiles(load), dy)
-        if tile is None and gain is None and _by_descriptors(dy, weight, weight.shape[1], rank):
+        if tile is None and gain is None and _by_descriptors(choice, dy, weight, weight.shape[1], rank):
             tile = _tile(choice, "descriptor", configs.descriptor_tiles(rank, dropout.p > 0), dy)
             return input_by_descriptors(dy, weight, ds, lora_a, dropout=dropout, tile=tile)
         return input_backward(dy, weight, ds, lora_a, dropout=dropout, gain=gain, tile=tile)
@@ -168,38 +169,57 @@ def _choice(
     product: str, rows: torch.Tensor, weight: torch.Tensor, rank: int, gain: torch.Tensor | None, dropout: Dropout
 ) -> Choice:
     insist, folder = candidates.from_environment(product)
-    problem = Problem(
-        product=product,
-        m=Rows.of(rows).total,
-        n=weight.shape[0],
-        k=weight.shape[1],
-        rank=rank,
-        dtype=str(rows.dtype).removeprefix("torch."),
-        arch=device_of(rows).arch,
-        dora=gain is not None,
-        dropout=dropout.on_base,
-        plain_rows=_plain_rows(rows),
-    )
-    table = candidates.table_for(_device_name(rows.device), folder)
-    return candidates.choose(problem, table, insist)
+    n, k = weight.shape
+    return chosen(
+        product, rows.shape[0] * rows.shape[1], n, k, rank, str(rows.dtype).removeprefix("torch."),
+        device_of(rows).arch, gain is not None, dropout.on_base, _plain_rows(rows), insist, folder,
+        _device_name(rows.device),
+    )  # fmt: skip
+
+
+@planned
+def chosen(
+    product: str,
+    m: int,
+    n: int,
+    k: int,
+    rank: int,
+    dtype: str,
+    arch: str,
+    dora: bool,
+    dropout: bool,
+    plain_rows: bool,
+    insist: str | None,
+    folder: str | None,
+    device_name: str,
+) -> Choice:
+    """What `candidates.choose` says of a `Problem` with these fields on that device."""
+    problem = Problem(product, m, n, k, rank, dtype, arch, dora, dropout, plain_rows)
+    return candidates.choose(problem, candidates.table_for(device_name, folder), insist)
 
 
 def _tile(choice: Choice, kernel: str, allowed: tuple[str, ...], rows: torch.Tensor) -> Tile | None:
     """The tile that was measured, where it is one of `kernel`'s that are allowed; None leaves it to the rule."""
-    return configs.named(choice.tile, kernel, allowed, rows.dtype, device_of(rows).arch)
+    return choice.tile and configs.named(choice.tile, kernel, allowed, rows.dtype, device_of(rows).arch)
 
 
-def _by_descriptors(rows: torch.Tensor, weight: torch.Tensor, width: int, rank: int) -> bool:
+def _by_descriptors(choice: Choice, rows: torch.Tensor, weight: torch.Tensor, width: int, rank: int) -> bool:
     """Whether the fused product, `width` columns, can and should go through tensor descriptors."""
     wanted = configs.uses_descriptors(rank, rows.dtype, device_of(rows).arch) and _plain_rows(rows)
-    return wanted and width * rows.element_size() % 16 == 0 and describable(one_sample(rows)[0], weight)
+    # making descriptors takes the host longer than it has for a small product
+    if not wanted or (choice.tile is None and candidates.small(rows.shape[0] * rows.shape[1], *weight.shape)):
+        return False
+    return width * rows.element_size() % 16 == 0 and describable(one_sample(rows)[0], weight)
 
 
 def _plain_rows(rows: torch.Tensor) -> bool:
     """Whether the vendor's GEMM reads these rows without copying them."""
-    one = one_sample(rows)
-    return one.shape[0] == 1 and one.stride(2) == 1 and (one.shape[1] == 1 or one.stride(1) >= one.shape[2])
+    (samples, length, width), (of_sample, of_row, of_column) = rows.shape, rows.stride()
+    if of_column != 1 or (samples * length > 1 and length > 1 and of_row < width):
+        return False
+    return samples == 1 or (of_sample == length * of_row and of_sample >= width)
 
 
+@functools.cache
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

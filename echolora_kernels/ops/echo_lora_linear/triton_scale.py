@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .launch import accumulator, device_of, run
+from .configs import Device
+from .launch import Kind, Launch, accumulator, device_of, kind, planned
 
 
 @triton.jit
@@ -49,25 +50,27 @@ def scale_rows(matrix: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     Returns:
         [rows, cols], in matrix's dtype, and in its memory layout where that is dense.
     """
-    rows, cols = matrix.shape
-    tile = configs.scale_tile(matrix.dtype, device_of(matrix).arch)
     out = torch.empty_like(matrix)
-    run(
+    plan = _scale_plan(kind(matrix), out.stride(), device_of(matrix))
+    plan.run(matrix.device, matrix=matrix, factor=factor, out=out)
+    return out
+
+
+@planned
+def _scale_plan(matrix: Kind, out: tuple[int, ...], device: Device) -> Launch:
+    (rows, cols), strides, dtype = matrix
+    tile = configs.scale_tile(dtype, device.arch)
+    return Launch(
         scale_rows_kernel,
         (-(-rows // tile.rows) * -(-cols // tile.cols),),
-        matrix.device,
         tile,
-        matrix=matrix,
-        factor=factor,
-        out=out,
         ROWS=rows,
         COLS=cols,
-        stride_matrix_row=matrix.stride(0),
-        stride_matrix_col=matrix.stride(1),
-        stride_out_row=out.stride(0),
-        stride_out_col=out.stride(1),
+        stride_matrix_row=strides[0],
+        stride_matrix_col=strides[1],
+        stride_out_row=out[0],
+        stride_out_col=out[1],
         BLOCK_ROWS=tile.rows,
         BLOCK_COLS=tile.cols,
-        ACC=accumulator(matrix.dtype),
+        ACC=accumulator(dtype),
     )
-    return out

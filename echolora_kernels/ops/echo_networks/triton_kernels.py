@@ -8,7 +8,7 @@ PARTS, STARTS and WIDTHS are tuples with a number for each module: its first pro
 import triton
 import triton.language as tl
 
-from ..echo_lora_linear.triton_blocks import tanh
+from ..echo_lora_linear.triton_blocks import add_dot, tanh
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def networks_down_fwd_kernel(
         m_k = o_k < K
         b_u = tl.load(u + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
         b_down = tl.load(down + o_h[None, :] * K + o_k[:, None], mask=m_k[:, None] & m_h[None, :], other=0.0)
-        b_sum = tl.dot(b_u, b_down, b_sum, input_precision=PRECISION, out_dtype=ACC)
+        b_sum = add_dot(b_sum, b_u, b_down, ACC, PRECISION)
     tl.store(h + o_n[:, None] * HIDDEN + o_h[None, :], tanh(b_sum), mask=m_n[:, None] & m_h[None, :])
 
 
