@@ -206,6 +206,7 @@ def launches(arch, dtype, everything):
             need = {"need_ds": rank <= configs.ONE_PASS_RANK, "need_lora_b": True}
             need |= {"tile": configs.adapter_bwd_tile(block, dtype, arch)}
             yield from record(where, adapter_backward, x, s, b, 2.0, **need)
+            need["tile"] = configs.adapter_bwd_tile(block, dtype, arch, with_z=True)
             need |= {"need_bias": True, "need_gain": True, "need_delta": True, "mask": mask, "gain": gain}
             yield from record(f"{where} dora echo", adapter_backward, x, s, b, 2.0, z=x.view(ROWS, WIDTH), **need)
             tile = configs.dora_norm_tile(torch.promote_types(dtype, kind), arch)
