@@ -245,7 +245,7 @@ def test_operators_pass_opcheck(backend, gain, p, shape):
     for tensor in case.tensors().values():
         tensor.requires_grad_()
     seed = Dropout.draw(p, case.x.device).seed
-    arguments = (case.base, case.x, case.lora_a, case.lora_b, case.gain, case.bias, seed, backend, 0.7, p, gain)
+    arguments = (case.base, case.x, case.lora_a, case.lora_b, case.gain, case.bias, seed, backend, 0.7, p)
     torch.library.opcheck(operators.forward_operator, arguments)
 
 

@@ -25,6 +25,7 @@ from echolora_kernels.ops.echo_lora_linear import (
     triton_backward_launch,
     triton_descriptors,
     triton_forward_launch,
+    triton_scale,
 )
 from echolora_kernels.ops.echo_lora_linear.dropout import Dropout
 from echolora_kernels.ops.echo_lora_linear.launch import Launch
@@ -125,6 +126,7 @@ def launches(arch, dtype, everything):
     Each comes in its plainest and in its heaviest form; `everything` adds what lies between, and more ranks.
     """
     recorder = Recorder()
+    torch.version.hip = "6" if arch.startswith("gfx") else None  # what launchers ask
     meta = {"device": "meta", "dtype": dtype}
     x = torch.empty(ROWS // T, T, WIDTH, **meta)
     weight, vector = torch.empty(WIDTH, WIDTH, **meta), torch.empty(WIDTH, **meta)
@@ -182,6 +184,8 @@ def launches(arch, dtype, everything):
                 )
     yield from _by_descriptors(arch, dtype, everything, adapters, record, x, weight, vector, gain, echo, some)
     yield from _losses(everything, record, dtype)
+    for label, matrix in {"rows": weight, "columns": weight.t()}.items():
+        yield from record(label, triton_scale.scale_rows, matrix, gain)
     for rank in (16, 32, 64, 128, 256) if everything else (16, 64, 256):
         block = configs.rank_block(rank)
         for kind in sorted({dtype, wide}, key=str) if everything else (wide,):
@@ -202,6 +206,7 @@ def launches(arch, dtype, everything):
             need = {"need_ds": rank <= configs.ONE_PASS_RANK, "need_lora_b": True}
             need |= {"tile": configs.adapter_bwd_tile(block, dtype, arch)}
             yield from record(where, adapter_backward, x, s, b, 2.0, **need)
+            need["tile"] = configs.adapter_bwd_tile(block, dtype, arch, with_z=True)
             need |= {"need_bias": True, "need_gain": True, "need_delta": True, "mask": mask, "gain": gain}
             yield from record(f"{where} dora echo", adapter_backward, x, s, b, 2.0, z=x.view(ROWS, WIDTH), **need)
             tile = configs.dora_norm_tile(torch.promote_types(dtype, kind), arch)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from linear_cases import assert_equal_up_to_rounding, error_ratios
-from triton_cases import make, reference_results
+from triton_cases import NORM, make, reference_results
 
 from echolora_kernels.ops.echo_lora_linear import candidates
 from echolora_kernels.ops.echo_lora_linear.candidates import Entry, Problem, choose, parse, possible, table_for
@@ -70,10 +70,10 @@ def test_the_vendor_ways_are_as_exact_as_torch(vendor, dora):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_the_vendor_ways_launch_as_many_kernels(vendor, launches, dora):
+def test_the_vendor_ways_launch_as_many_kernels_and_one_for_the_gain(vendor, launches, dora):
     make(site="output", dora=dora).results("triton")
     names = ["shrink_fwd_kernel", "linear_fwd_kernel", "adapter_bwd_kernel", "lora_a_bwd_kernel", "input_bwd_kernel"]
-    assert launches == ["dora_norm_fwd_kernel"] * dora + names
+    assert launches == NORM * dora + names + ["scale_rows_kernel"] * dora
 
 
 def test_the_vendor_ways_change_no_input_and_repeat_bit_for_bit(vendor):

@@ -52,6 +52,10 @@ def test_splits_cover_everything_in_whole_steps(rows, width):
     splits = configs.shrink_splits(tile, rows, width, 132)
     part = configs.per_split(width, tile.inner, splits)
     assert part % tile.inner == 0 and part * splits >= width and splits <= 264
+    tile = configs.dora_norm_tile(torch.bfloat16, "sm_90")
+    splits = configs.dora_norm_splits(tile, rows, width, 132)
+    part = configs.per_split(width, tile.inner, splits)
+    assert part % tile.inner == 0 and part * splits >= width and splits <= configs.MAX_NORM_SPLITS
     splits = configs.reduction_splits(width, rows, 132)
     part = configs.per_split(rows, 1, splits)
     assert part * splits >= rows

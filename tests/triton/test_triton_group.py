@@ -4,6 +4,7 @@ import pytest
 import torch
 from group_cases import DORA_OF_THREE, SITES_OF_THREE, by_reference, cases, together
 from linear_cases import assert_equal_up_to_rounding
+from triton_cases import NORM
 
 from echolora_kernels.ops.echo_lora_linear import candidates
 
@@ -40,6 +41,6 @@ def test_the_vendor_changes_no_input_and_repeats_bit_for_bit(vendor):
 def test_x_is_read_once_for_s_and_once_for_da(launches):
     together(cases("triton"), "triton")
     one = ["linear_fwd_kernel"]
-    forward = ["shrink_fwd_kernel", *one, "dora_norm_fwd_kernel", *one, *one]
+    forward = ["shrink_fwd_kernel", *one, *NORM, *one, *one]
     backward = ["adapter_bwd_kernel"] * 3 + ["lora_a_bwd_kernel"] + ["input_bwd_kernel"] * 3
     assert launches == forward + backward

@@ -82,7 +82,11 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
     },
     ("shrink", "single"): {"thin": Tile(32, 0, 32, 4, 2), "thick": Tile(32, 0, 16, 8, 1)},
     ("shrink", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
-    ("adapter_bwd", "half"): {"thin": Tile(256, 0, 32, 8, 3), "thick": Tile(64, 0, 32, 8, 2)},
+    ("adapter_bwd", "half"): {
+        "thin": Tile(256, 0, 32, 8, 3),
+        "thin with z": Tile(128, 0, 32, 8, 3),
+        "thick": Tile(64, 0, 32, 8, 2),
+    },
     ("adapter_bwd", "single"): {"thin": Tile(32, 0, 16, 8, 2), "thick": Tile(32, 0, 16, 8, 1)},
     ("adapter_bwd", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
     ("lora_a_bwd", "half"): {"thin": Tile(0, 128, 64, 8, 3), "thick": Tile(0, 64, 32, 8, 2)},
@@ -215,9 +219,10 @@ def shrink_tile(block_r: int, dtype: torch.dtype, arch: str) -> Tile:
     return _by_rank("shrink", block_r, dtype, arch)
 
 
-def adapter_bwd_tile(block_r: int, dtype: torch.dtype, arch: str) -> Tile:
-    """Tile of B1 for a padded rank: `rows` outputs, `inner` rows of dY at a time."""
-    return _by_rank("adapter_bwd", block_r, dtype, arch)
+def adapter_bwd_tile(block_r: int, dtype: torch.dtype, arch: str, with_z: bool = False) -> Tile:
+    """Tile of B1 for a padded rank: `rows` outputs, `inner` rows of dY at a time; where z is read too, a lighter one."""
+    lighter = candidates("adapter_bwd", dtype, arch).get("thin with z") if with_z and block_r <= 64 else None
+    return lighter or _by_rank("adapter_bwd", block_r, dtype, arch)
 
 
 def lora_a_bwd_tile(block_r: int, dtype: torch.dtype, arch: str) -> Tile:

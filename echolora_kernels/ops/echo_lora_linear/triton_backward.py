@@ -73,9 +73,8 @@ def adapter_bwd_kernel(
             b_b *= b_gain[:, None]
         b_b = b_b.to(dy.dtype.element_ty)
     b_db = tl.zeros([BLOCK_N, BLOCK_R], ACC)
-    # whole tiles are added up and reduced once, after the loop
-    b_dbias = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    b_dgain = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    b_dbias = tl.zeros([BLOCK_N], ACC)
+    b_dgain = tl.zeros([BLOCK_M, BLOCK_N], ACC)  # reduced once, after the loop
 
     tiles_per_sample = tl.cdiv(T, BLOCK_M)
     i_first = tl.program_id(1) * TILES_PER_SPLIT
@@ -100,7 +99,7 @@ def adapter_bwd_kernel(
             b_s = tl.load(s + o_m[:, None] * stride_s + o_r[None, :], mask=m_s, other=0.0)
             b_db = add_dot(b_db, tl.trans(b_dy), b_s, ACC, PRECISION)
         if NEED_DBIAS:
-            b_dbias += b_dy.to(ACC)
+            b_dbias += tl.sum(b_dy.to(ACC), 0)
         if NEED_DGAIN:
             b_z = tl.load(z + o_m[:, None] * N + o_n[None, :], mask=m_dy, other=0.0)
             b_dgain += b_dy.to(ACC) * b_z.to(ACC)
@@ -112,7 +111,7 @@ def adapter_bwd_kernel(
 
     o_out = i_split * N + o_n
     if NEED_DBIAS:
-        tl.store(dbias + o_out, tl.sum(b_dbias, 0), mask=m_n)
+        tl.store(dbias + o_out, b_dbias, mask=m_n)
     if NEED_DGAIN:  # z comes without S B^T
         b_b = tl.load(p_b, mask=m_b, other=0.0).to(dy.dtype.element_ty).to(ACC)
         tl.store(dgain + o_out, tl.sum(b_dgain, 0) + tl.sum(b_db * b_b, 1), mask=m_n)

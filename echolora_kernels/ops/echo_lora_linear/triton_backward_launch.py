@@ -107,7 +107,7 @@ def _adapter_plan(
     (_, rank), b_strides, _ = lora_b
     need_ds, need_lora_b, need_bias, need_gain, need_delta = needs
     rows, block_r = samples * length, configs.rank_block(rank)
-    tile = tile or configs.adapter_bwd_tile(block_r, dtype, device.arch)
+    tile = tile or configs.adapter_bwd_tile(block_r, dtype, device.arch, with_z=need_gain)
     tiles_per_sample = -(-length // tile.inner)
     row_tiles = samples * tiles_per_sample
     col_tiles = -(-d_out // tile.rows)

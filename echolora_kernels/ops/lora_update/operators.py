@@ -26,25 +26,20 @@ def forward_operator(
     backend: str,
     scaling: float,
     dropout_p: float,
-    store_z: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, S [rows, r] and z [rows, d_out]; z is empty where it is not asked for, or base is as good."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and S [rows, r]; what the gain's gradient wants is base, and an operator may not return its argument."""
     kernels, dropout = load(backend), Dropout(dropout_p, seed)
-    apart = store_z and not kernels.fused  # else z is base: an operator may not return its argument
     inputs = (base, x, lora_a, lora_b, gain, bias)
-    y, s, z = forward_pass(kernels, *inputs, scaling, dropout, in_place=False, store_z=apart)
-    empty = base.new_empty((0, base.shape[-1]))
+    y, s, _ = forward_pass(kernels, *inputs, scaling, dropout, in_place=False, store_z=False)
     s = base.new_empty((0, len(lora_a)), dtype=kernels.s_dtype(x.dtype, lora_a.dtype)) if s is None else s
-    return y, s, empty if z is None else z
+    return y, s
 
 
 @forward_operator.register_fake
-def _(base, x, lora_a, lora_b, gain, bias, seed, backend, scaling, dropout_p, store_z):
-    kernels = load(backend)
-    rows, d_out = math.prod(x.shape[:-1]), base.shape[-1]
-    s = base.new_empty((rows, lora_a.shape[0]), dtype=kernels.s_dtype(x.dtype, lora_a.dtype))
-    z = base.new_empty((rows if store_z and not kernels.fused else 0, d_out))
-    return base.new_empty(base.shape), s, z
+def _(base, x, lora_a, lora_b, gain, bias, seed, backend, scaling, dropout_p):
+    s_dtype = load(backend).s_dtype(x.dtype, lora_a.dtype)
+    s = base.new_empty((math.prod(x.shape[:-1]), lora_a.shape[0]), dtype=s_dtype)
+    return base.new_empty(base.shape), s
 
 
 @torch.library.custom_op("echolora::lora_update_backward", mutates_args=())
@@ -58,32 +53,39 @@ def backward_operator(
     bias: torch.Tensor | None,
     seed: torch.Tensor | None,
     s: torch.Tensor,
-    z: torch.Tensor,
     backend: str,
     scaling: float,
     dropout_p: float,
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
     """The gradients that `needs` (of base, x, lora_a, lora_b, gain, bias) asks for, in that order."""
-    kernels = load(backend)
     inputs = (base, x, lora_a, lora_b, gain, bias)
-    of_gain: Maybe = None
-    if needs[4]:
-        of_gain = base.reshape(-1, base.shape[-1]).contiguous() if kernels.fused else z
+    of_gain: Maybe = base.reshape(-1, base.shape[-1]).contiguous() if needs[4] else None
     gradients = backward_pass(
-        kernels, dy, x, lora_a, lora_b, gain, s, of_gain, scaling, Dropout(dropout_p, seed), kinds_of(inputs), needs
+        load(backend),
+        dy,
+        x,
+        lora_a,
+        lora_b,
+        gain,
+        s,
+        of_gain,
+        scaling,
+        Dropout(dropout_p, seed),
+        kinds_of(inputs),
+        needs,
     )
     return [gradient.contiguous() for gradient in gradients if gradient is not None]
 
 
 @backward_operator.register_fake
-def _(dy, base, x, lora_a, lora_b, gain, bias, seed, s, z, backend, scaling, dropout_p, needs):
+def _(dy, base, x, lora_a, lora_b, gain, bias, seed, s, backend, scaling, dropout_p, needs):
     inputs = (base, x, lora_a, lora_b, gain, bias)
     return [tensor.new_empty(tensor.shape) for tensor, need in zip(inputs, needs, strict=True) if need]
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.backend, ctx.scaling, ctx.dropout_p, _ = inputs
+    *tensors, ctx.backend, ctx.scaling, ctx.dropout_p = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -95,7 +97,7 @@ def _backward(ctx: Any, dy: torch.Tensor, *_: torch.Tensor | None) -> tuple[torc
     constants = (ctx.backend, ctx.scaling, ctx.dropout_p, asked)
     found = iter(backward_operator(dy, *ctx.saved_tensors, *constants) if any(asked) else ())
     dbase, *rest = (next(found) if ask else None for ask in asked)
-    return dy if needs[0] and gain is None else dbase, *rest, *[None] * 5
+    return dy if needs[0] and gain is None else dbase, *rest, *[None] * 4
 
 
 forward_operator.register_autograd(_backward, setup_context=_save)
@@ -113,6 +115,5 @@ def compiled_lora_update(
     dropout: Dropout,
 ) -> torch.Tensor:
     """y by the registered operator, for graphs that torch.compile traces; base is left as it is."""
-    store_z = gain is not None and torch.is_grad_enabled() and gain.requires_grad
     tensors = (base, x, lora_a, lora_b, gain, bias, dropout.seed)
-    return forward_operator(*tensors, backend, scaling, dropout.p, store_z)[0]
+    return forward_operator(*tensors, backend, scaling, dropout.p)[0]
