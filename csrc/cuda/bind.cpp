@@ -2,6 +2,7 @@
 //
 // Only torch's stable ABI is used, so that one build serves every torch from 2.11 on, with or without CUDA.
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -10,9 +11,6 @@
 
 #include "../check.h"
 #include "echolora_cuda.h"
-
-// Weak: a CPU build of torch has no such function, and no CUDA tensor that would need it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 // What setup.py built the kernels for, for echolora::cuda_architectures.
 extern "C" const char* echolora_cuda_architectures() { return ECHOLORA_CUDA_ARCHS; }
@@ -101,12 +99,25 @@ Tensor output(const Tensor& like, const Shape& shape, ScalarType type) {
   return torch::stable::new_empty(like, shape, type);
 }
 
+using StreamOf = AOTITorchError (*)(int32_t device_index, void** stream);
+
+// Looked up, since a CPU build of torch has no such function, and Python loads torch's libraries each for itself.
+StreamOf stream_of() {
+  static const StreamOf found = [] {
+    const char* name = "aoti_torch_get_current_cuda_stream";
+    void* function = dlsym(RTLD_DEFAULT, name);
+    void* library = function ? nullptr : dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<StreamOf>(library ? dlsym(library, name) : function);
+  }();
+  return found;
+}
+
 // The device and the stream that an operator runs on.
 class Launch {
  public:
   explicit Launch(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "echolora: this torch is built without CUDA");
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
+    STD_TORCH_CHECK(stream_of() != nullptr, "echolora: this torch is built without CUDA");
+    TORCH_ERROR_CODE_CHECK(stream_of()(like.get_device_index(), &stream_));
   }
 
   // memory for partial sums; freed in stream order when this object goes

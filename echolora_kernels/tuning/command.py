@@ -121,7 +121,7 @@ def _device(options: argparse.Namespace) -> torch.device:
         device = torch.device(options.device)
         if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device: got {options.device!r}, wants cuda or cuda:N, N < {torch.cuda.device_count()}")
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
         return torch.device("cuda", torch.cuda.current_device())
     if not options.dry_run:
         raise RuntimeError("there is no GPU to tune for; --dry-run goes the whole way on tiny shapes without one")

@@ -171,7 +171,7 @@ def _choice(
     insist, folder = candidates.from_environment(product)
     n, k = weight.shape
     return chosen(
-        product, rows.shape[0] * rows.shape[1], n, k, rank, str(rows.dtype).removeprefix("torch."),
+        product, rows.shape[0] * rows.shape[1], n, k, rank, _name(rows.dtype),
         device_of(rows).arch, gain is not None, dropout.on_base, _plain_rows(rows), insist, folder,
         _device_name(rows.device),
     )  # fmt: skip
@@ -220,6 +220,11 @@ def _plain_rows(rows: torch.Tensor) -> bool:
     if of_column != 1 or (samples * length > 1 and length > 1 and of_row < width):
         return False
     return samples == 1 or (of_sample == length * of_row and of_sample >= width)
+
+
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.cache
