@@ -215,7 +215,7 @@ if wanted step; then
         bench step "$(box 40)" --cases 'smollm2/step/arc-easy/lora/r16/kept/fp32' --implementations shared-ours --rounds 1 \
             --device cpu --no-memory
     else
-        bench step "$(box 11)" --kind step --model smollm2 --part arc-easy --method lora dora --dtype bf16 fp32 --seconds 0.5
+        bench step "$(box 25)" --kind step --model smollm2 --part arc-easy --method lora dora --dtype bf16 fp32 --seconds 0.5
     fi
     pack
 fi

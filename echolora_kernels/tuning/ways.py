@@ -144,12 +144,16 @@ class Product:
 
     @functools.cached_property
     def _compared(self) -> tuple[tuple[torch.Tensor, ...], ...]:
-        return self._plain(_dtype(self.problem), self._gain.dtype), self._plain(torch.float64, torch.float64)
+        # plain torch has all rows too: how a GEMM splits its sums depends on how many there are
+        plain = self._plain(self._rows, self._inner, _dtype(self.problem), self._gain.dtype)
+        checked = self._rows[self._checked], self._inner[self._checked]
+        return tuple(each[self._checked] for each in plain), self._plain(*checked, torch.float64, torch.float64)
 
-    def _plain(self, dtype: torch.dtype, wide: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """What plain torch makes of the rows that are checked."""
-        tensors = (self._rows[self._checked], self._weight, self._inner[self._checked], self._thin)
-        rows, weight, inner, thin = (tensor.to(dtype) for tensor in tensors)
+    def _plain(
+        self, rows: torch.Tensor, inner: torch.Tensor, dtype: torch.dtype, wide: torch.dtype
+    ) -> tuple[torch.Tensor, ...]:
+        """What plain torch makes of these rows."""
+        rows, weight, inner, thin = (tensor.to(dtype) for tensor in (rows, self._weight, inner, self._thin))
         gain = self._gain.to(wide)
         if self.problem.product == "input-gradient":
             if self.problem.dora:

@@ -165,6 +165,9 @@ def launches(arch, dtype, everything):
                 yield from record(f"{where} dora", input_backward, x, weight, s, a, gain=gain, dropout=none, **tile)
                 if everything:
                     yield from record(f"{where} lora", input_backward, x, weight, s, a, dropout=none, **tile)
+            if name == "small":  # for the other projections of a group
+                alone = {"dropout": none, "base": torch.empty(ROWS, WIDTH, **meta), **tile}
+                yield from record(f"{where} no adapter", input_backward, x, weight, None, None, **alone)
             heavy = {"gain": gain, "bias": vector, "store_z": True, **echo, **tile}
             if name in configs.matmul_tiles("rich"):
                 yield from record(f"{where} dora echo", linear, x, weight, s, b, dropout=none, **heavy)

@@ -132,10 +132,17 @@ def test_the_nearest_measurement_decides():
     table = (entry(1024, "lora-first"), entry(4096, "fused"), entry(16384, "lora-first"), entry(8192, "fused", n=1024))
     picks = {512: "lora-first", 2047: "lora-first", 2049: "fused", 4097: "fused", 8191: "fused", 10**6: "lora-first"}
     assert {m: choose(replace(LLAMA, m=m), table).candidate for m in picks} == picks
-    ranks = (entry(8192, "fused", rank=8), entry(8192, "lora-first", rank=128))
-    assert [choose(replace(LLAMA, rank=r), ranks).candidate for r in (1, 16, 64, 256)] == ["fused", "fused"] + [
-        "lora-first"
-    ] * 2
+
+
+def test_a_measurement_speaks_for_its_neighbourhood_alone():
+    reasons = {m: choose(replace(LLAMA, m=m), (entry(2048, "fused"), entry(8192, "fused"))).reason for m in (900, 1024)}
+    assert "no measurement" in reasons[900] and "M = 2048" in reasons[1024]
+    for rank, near in ((1, True), (16, True), (17, False)):
+        assert ("M = 8192" in choose(replace(LLAMA, rank=rank), (entry(8192, "fused"),)).reason) is near
+    assert "M = 8192" in choose(replace(LLAMA, m=10**6), (entry(8192, "fused"),)).reason
+
+
+def test_what_cannot_be_is_no_measurement():
     impossible = (entry(8192, "accumulate"),)
     assert "no measurement" in choose(LLAMA, impossible).reason
 

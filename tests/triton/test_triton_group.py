@@ -44,3 +44,12 @@ def test_x_is_read_once_for_s_and_once_for_da(launches):
     forward = ["shrink_fwd_kernel", *one, *NORM, *one, *one]
     backward = ["adapter_bwd_kernel"] * 3 + ["lora_a_bwd_kernel"] + ["input_bwd_kernel"] * 3
     assert launches == forward + backward
+
+
+def test_gradients_by_descriptors_are_added_up_by_the_vendor(monkeypatch, launches):
+    """Those kernels add to nothing; the pointer kernels that do are slower."""
+    pick = lambda *_: candidates.Choice("fused", "test", "descriptor/small")  # noqa: E731
+    monkeypatch.setattr(candidates, "choose", pick)
+    group = cases("triton")
+    assert_equal_up_to_rounding(together(group, "triton"), by_reference("triton", group, monkeypatch))
+    assert launches.count("input_bwd_kernel") == 1

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .configs import TILES
+from .configs import TILES, rank_block
 
 # product -> the candidates that can compute it for some layer
 PRODUCTS = {"forward": ("fused", "lora-first", "accumulate"), "input-gradient": ("fused", "lora-first")}
@@ -90,7 +90,10 @@ def possible(problem: Problem) -> tuple[str, ...]:
 
 
 def choose(problem: Problem, table: tuple[Entry, ...] = (), insist: str | None = None) -> Choice:
-    """The candidate for `problem`: the one insisted on, else the nearest measurement's, else the rule's.
+    """The candidate for `problem`: the one insisted on, else that of the nearest measurement, else the rule's.
+
+    A measurement speaks for its rank, as kernels pad it, and for up to twice or half its M; the one with the largest M
+    speaks for all above it, too.
 
     Raises:
         ValueError: the candidate insisted on cannot compute this.
@@ -100,12 +103,12 @@ def choose(problem: Problem, table: tuple[Entry, ...] = (), insist: str | None =
         if insist not in can:
             raise ValueError(f"{CANDIDATE_VARIABLE}: got {insist!r}, wants one of {', '.join(can)} for {problem}")
         return Choice(insist, f"{CANDIDATE_VARIABLE} says so")
-    measured = [entry for entry in table if _fits(entry, problem) and entry.candidate in can]
-    if measured:
-        nearest = min(measured, key=lambda entry: _distance(entry, problem))
-        # a tile has to give every processor one, which a much smaller M would not
-        tile = nearest.tile if _distance(nearest, problem)[0] <= 1 else None
-        return Choice(nearest.candidate, f"fastest at M = {nearest.m}, r = {nearest.rank} on this device", tile)
+    fitting = [entry for entry in table if _fits(entry, problem)]
+    most = max((entry.m for entry in fitting), default=0)
+    near = [entry for entry in fitting if entry.candidate in can and _doublings(entry, problem, most) <= 1]
+    if near:
+        nearest = min(near, key=lambda entry: (_doublings(entry, problem, most), entry.m))
+        return Choice(nearest.candidate, f"fastest at M = {nearest.m}, r = {nearest.rank} on this device", nearest.tile)
     return Choice(*_rule(problem, can))
 
 
@@ -128,15 +131,15 @@ def small(m: int, n: int, k: int, dtype: str) -> bool:
 
 
 def _fits(entry: Entry, problem: Problem) -> bool:
-    return (entry.product, entry.dora, entry.dtype, entry.n, entry.k) == (
+    same = (entry.product, entry.dora, entry.dtype, entry.n, entry.k) == (
         problem.product, problem.dora, problem.dtype, problem.n, problem.k,
     )  # fmt: skip
+    return same and rank_block(entry.rank) == rank_block(problem.rank)
 
 
-def _distance(entry: Entry, problem: Problem) -> tuple[float, float, int]:
-    """Nearest M first, then nearest rank, both as ratios; the smaller M where two are equally near."""
-    rows = abs(math.log2(entry.m / max(problem.m, 1)))
-    return rows, abs(math.log2(entry.rank / problem.rank)), entry.m
+def _doublings(entry: Entry, problem: Problem, most: int) -> float:
+    """Between its M and that of `problem`, none of which is far from `most`, the largest one measured, if it is larger."""
+    return abs(math.log2(entry.m / max(min(problem.m, most), 1)))
 
 
 @functools.cache

@@ -260,7 +260,7 @@ def input_bwd_kernel(
     # step of the rest would be rounded to the digits of a sum that holds it
     ADAPTER_LAST: tl.constexpr = dy.dtype.element_ty == ACC
     b_dropped = tl.zeros([BLOCK_M, BLOCK_K], ACC)
-    if not ADAPTER_LAST:
+    if RANK_STEPS > 0 and not ADAPTER_LAST:
         b_dropped = add_adapter(
             b_dropped, ds, a, o_m, o_k, m_m, m_k, R, stride_a_r, stride_a_k, RANK_STEPS, BLOCK_R, ACC, PRECISION
         )  # fmt: skip
@@ -288,7 +288,7 @@ def input_bwd_kernel(
         elif HAS_GAIN:
             b_dy = (b_dy.to(ACC) * b_gain[None, :]).to(b_dy.dtype)
         b_dx = add_dot(b_dx, b_dy, b_w, ACC, PRECISION)
-    if ADAPTER_LAST:
+    if RANK_STEPS > 0 and ADAPTER_LAST:
         b_dropped = add_adapter(
             b_dropped, ds, a, o_m, o_k, m_m, m_k, R, stride_a_r, stride_a_k, RANK_STEPS, BLOCK_R, ACC, PRECISION
         )  # fmt: skip

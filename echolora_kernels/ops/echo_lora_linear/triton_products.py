@@ -135,7 +135,7 @@ def group_input_product(
     """B3 for projections of one input: their dX in one buffer, each added to what is there.
 
     Args:
-        dys: [n, T, N] each. ds: [n * T, r] each, in the accumulator's dtype; stacked_ds: all of them.
+        dys: [n, T, N] each. ds: [n * T, r] each, in dY's dtype; stacked_ds: all of them.
         gains: [N] or None each. dropout: as in the forward pass.
 
     Returns:
@@ -149,7 +149,9 @@ def group_input_product(
     lora_a = torch.cat([p.lora_a.to(dys[0].dtype) for p in projections])
     dx = input_product(dys[0], projections[0].weight, stacked_ds, lora_a, dropout=dropout, gain=gains[0])
     for dy, p, gain in zip(dys[1:], projections[1:], gains[1:], strict=True):
-        if _choice("input-gradient", dy, p.weight, len(p.lora_a), gain, dropout).candidate == "fused":
+        choice = _choice("input-gradient", dy, p.weight, len(p.lora_a), gain, dropout)
+        # kernels with descriptors add to nothing, and those with pointers are slower than the vendor's GEMM
+        if choice.candidate == "fused" and not (choice.tile or "").startswith("descriptor/"):
             input_backward(dy, p.weight, None, None, dropout=Dropout(), gain=gain, base=dx)
         else:
             _add_product(dx, flat(dy), p.weight, gain)
@@ -209,7 +211,8 @@ def _by_descriptors(choice: Choice, rows: torch.Tensor, weight: torch.Tensor, wi
     """Whether the fused product, `width` columns, can and should go through tensor descriptors."""
     wanted = configs.uses_descriptors(rank, rows.dtype, device_of(rows).arch) and _plain_rows(rows)
     # making descriptors takes the host longer than it has for a small product
-    if not wanted or (choice.tile is None and candidates.small(rows.shape[0] * rows.shape[1], *weight.shape)):
+    m, (n, k), dtype = rows.shape[0] * rows.shape[1], weight.shape, _name(rows.dtype)
+    if not wanted or (choice.tile is None and candidates.small(m, n, k, dtype)):
         return False
     return width * rows.element_size() % 16 == 0 and describable(one_sample(rows)[0], weight)
 
