@@ -20,7 +20,7 @@ demo: $(READY) ## fine-tune SmolLM2-135M with Echo-LoRA; FRESH=1 starts over
 		--output $(DEMO_OUTPUT) $(if $(FRESH),--overwrite,--resume) $(DEMO_FLAGS)
 
 test: $(READY) ## the whole test-suite
-	$(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_FLAGS)
 
 test-full: $(READY) ## the tests that take minutes: every kernel variant compiled for every architecture
 	$(BIN)/python -m pytest -n 2 -m full --timeout 3600 $(PYTEST_FLAGS)
