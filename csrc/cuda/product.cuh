@@ -46,7 +46,9 @@ __device__ __forceinline__ void multiply_tiles(Acc<E> (&acc)[MT][NT][4], const E
     }
   } else {
     const int g = lane / 4, t = lane % 4;
-    constexpr int STEP = 4;  // along a row, four elements come in one load
+    // Along a row, four elements come in one load. Their products are summed before they join the sum: one chain of
+    // FMAs over the whole depth loses more digits than the vendor's GEMM does.
+    constexpr int STEP = 4;
     struct alignas(16) Step {
       E v[4];
     };
@@ -85,9 +87,12 @@ __device__ __forceinline__ void multiply_tiles(Acc<E> (&acc)[MT][NT][4], const E
 #pragma unroll
           for (int i = 0; i < MT; ++i)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
+            for (int half = 0; half < 2; ++half) {
+              E step = 0;
 #pragma unroll
-              for (int q = 0; q < STEP; ++q) acc[i][j][2 * half + odd] += v_a[i][half][q] * v_b[q];
+              for (int q = 0; q < STEP; ++q) step += v_a[i][half][q] * v_b[q];
+              acc[i][j][2 * half + odd] += step;
+            }
         }
     }
   }
