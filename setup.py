@@ -143,6 +143,8 @@ def build_library(target: Path, folder: Path) -> None:
         libraries = [f"-L{toolkit / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     target.parent.mkdir(parents=True, exist_ok=True)
     libraries += [f"-L{site / 'lib'}", "-ltorch_cpu", "-lc10"]  # in the process already when this one is loaded
+    # a C++ library that is linked in stays our own: torch's has tables of the same names, and mixed they crash
+    libraries.append("-Wl,--exclude-libs,ALL")
     rules.link([compiler, "-shared", *sanitizers], objects, target, libraries)
     rules.run()
 

@@ -8,10 +8,12 @@
 #include <torch/headeronly/util/shim_utils.h>  // TORCH_ERROR_CODE_CHECK: torch 2.11 has none with STABLE_ before it
 
 #include <algorithm>
+#include <cstdio>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace echolora {
 
@@ -19,7 +21,7 @@ using Tensor = torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
-// What a message says of a tensor. Streamed, so that a check that passes, as they do, makes no text.
+// What a message says of a tensor, made to text only where a check fails.
 template <class Sizes>
 struct Listed {  // "[2, 3]"
   const char* before;
@@ -32,24 +34,40 @@ inline auto shape_of(const Tensor& tensor) { return Listed<decltype(tensor.sizes
 inline auto strides_of(const Tensor& tensor) { return Listed<decltype(tensor.strides())>{"strides ", tensor.strides()}; }
 inline DtypeOf dtype_of(const Tensor& tensor) { return {tensor.scalar_type()}; }
 
+// Not by a stream: one that mixes two copies of the C++ library, as a linked-in one and torch's, crashes at a number.
+inline void add_text(std::string& text, const char* part) { text += part; }
+inline void add_text(std::string& text, DtypeOf of) { text.append("dtype ").append(toString(of.type)); }
+
+template <class Number, std::enable_if_t<std::is_arithmetic_v<Number>, int> = 0>
+inline void add_text(std::string& text, Number number) {
+  if constexpr (std::is_integral_v<Number>) {
+    text += std::to_string(number);
+  } else {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", number);
+    text += digits;
+  }
+}
+
 template <class Sizes>
-inline std::ostream& operator<<(std::ostream& out, const Listed<Sizes>& listed) {
-  out << listed.before << "[";
+inline void add_text(std::string& text, const Listed<Sizes>& listed) {
+  text.append(listed.before).append("[");
   const char* comma = "";
   for (const int64_t size : listed.sizes) {
-    out << comma << size;
+    text.append(comma).append(std::to_string(size));
     comma = ", ";
   }
-  return out << "]";
+  text += "]";
 }
-inline std::ostream& operator<<(std::ostream& out, DtypeOf of) { return out << "dtype " << toString(of.type); }
 
 template <class Got, class... Wanted>
 [[noreturn, gnu::noinline, gnu::cold]] void refuse(const char* name, const Got& got, const Wanted&... wanted) {
-  std::ostringstream message;
-  message << name << ": got " << got << ", wants ";
-  (message << ... << wanted);
-  throw std::runtime_error(message.str());
+  std::string message = name;
+  message += ": got ";
+  add_text(message, got);
+  message += ", wants ";
+  (add_text(message, wanted), ...);
+  throw std::runtime_error(message);
 }
 
 // Throws "name: got ..., wants ..." where `fits` is false.

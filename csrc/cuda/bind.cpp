@@ -55,12 +55,16 @@ void* dense(const Maybe& t, const char* name, const Shape& shape, ScalarType typ
 }
 
 echolora_rows rows(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 3, name, ": got ", shape_of(t), ", wants [n, T, width]");
+  want(t.dim() == 3, name, shape_of(t), "[n, T, width]");
   const int64_t n = t.size(0), length = t.size(1), width = t.size(2);
-  STD_TORCH_CHECK(n >= 1 && length >= 1 && width >= 1 && n * length <= MAX_SIZE && width <= MAX_SIZE, name,
-                  ": got ", shape_of(t), ", wants at least one element and n * T and width below ",
-                  MAX_SIZE);
+  want(n >= 1 && length >= 1 && width >= 1 && n * length <= MAX_SIZE && width <= MAX_SIZE, name, shape_of(t),
+       "at least one element, and n * T and width up to ", MAX_SIZE);
   return {t.data_ptr(), code_of(t, name), n, length, width, t.stride(0), t.stride(1), t.stride(2)};
+}
+
+void want_matrix(const Tensor& t, const char* name, const char* shape) {
+  want(t.dim() == 2 && t.size(0) >= 1 && t.size(1) >= 1 && t.size(0) <= MAX_SIZE && t.size(1) <= MAX_SIZE, name,
+       shape_of(t), shape, " with at least one element and sizes up to ", MAX_SIZE);
 }
 
 // the same rows as one sample, where the strides allow it
@@ -85,14 +89,14 @@ int64_t rank_of(const Tensor& t, const char* name, int64_t dim) {
 }
 
 echolora_dropout dropout(const Maybe& seed, int64_t drop_below, double keep_scale, const Tensor& like) {
-  STD_TORCH_CHECK(drop_below >= 0 && drop_below <= 1 << 24, "drop_below: got ", drop_below, ", wants 0 to 2^24");
+  want(drop_below >= 0 && drop_below <= 1 << 24, "drop_below", drop_below, "0 to 2^24");
   const void* p = dense(seed, "seed", {1}, ScalarType::Long, like);
   return {static_cast<const int64_t*>(p), static_cast<uint32_t>(drop_below), keep_scale};
 }
 
 void want_mask(const Maybe& delta, const Maybe& mask) {
-  STD_TORCH_CHECK(delta.has_value() == mask.has_value(), "mask: got ",
-                  mask ? "a tensor without delta" : "None beside delta", ", wants both or neither");
+  want(delta.has_value() == mask.has_value(), "mask", mask ? "a tensor without delta" : "None beside delta",
+       "both or neither");
 }
 
 Tensor output(const Tensor& like, const Shape& shape, ScalarType type) {
@@ -116,7 +120,7 @@ StreamOf stream_of() {
 class Launch {
  public:
   explicit Launch(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
-    STD_TORCH_CHECK(stream_of() != nullptr, "echolora: this torch is built without CUDA");
+    want(stream_of() != nullptr, "torch", "a build without CUDA", "one with it");
     TORCH_ERROR_CODE_CHECK(stream_of()(like.get_device_index(), &stream_));
   }
 
@@ -130,7 +134,7 @@ class Launch {
   void* stream() const { return stream_; }
 
   static void check(int error, const char* name) {
-    STD_TORCH_CHECK(error == 0, "echolora::", name, ": ", echolora_cuda_error(error));
+    if (error != 0) throw std::runtime_error(std::string("echolora::") + name + ": " + echolora_cuda_error(error));
   }
 
  private:
@@ -157,8 +161,8 @@ Tensor shrink(Tensor x, Tensor a, double scaling, Maybe seed, int64_t drop_below
   args.scaling = scaling;
   args.dropout = dropout(seed, drop_below, keep_scale, x);
   args.gain = dense(gain, "gain", {args.x.width}, acc, x);
-  STD_TORCH_CHECK(site >= 0 && site <= 2 && (site > 0) == delta.has_value(), "site: got ", site,
-                  delta ? " with" : " without", " delta, wants 0 without, or 1 or 2 with delta");
+  want(site >= 0 && site <= 2, "site", site, "0, 1 or 2");
+  want((site > 0) == delta.has_value(), "delta", delta ? "a tensor" : "None", "a tensor at site 1 or 2, None at site 0");
   want_mask(delta, mask);
   args.site = static_cast<int>(site);
   args.delta = dense(delta, "delta", {args.x.samples, site == 1 ? args.x.width : args.rank}, acc, x);
@@ -182,8 +186,8 @@ void linear_epilogue(Tensor s, Tensor b, Maybe z, Maybe base, Maybe gain, Maybe 
   const int64_t total = shape.samples * shape.length;
   args.s = matrix(s, "s", total, args.rank, y);
   args.b = matrix(b, "b", shape.width, args.rank, y);
-  STD_TORCH_CHECK(!store_z || z, "store_z: got True without z, wants memory for it");
-  STD_TORCH_CHECK(!base || (z && gain), "base: got a tensor, wants it with z and gain only");
+  want(!store_z || z, "z", "None", "memory where store_z is True");
+  want(!base || (z && gain), "base", "a tensor", "one with z and gain only");
   want_mask(delta, mask);
   args.z = dense(z, "z", {total, shape.width}, type, y);
   args.base = dense(base, "base", {total, shape.width}, type, y);
@@ -193,9 +197,8 @@ void linear_epilogue(Tensor s, Tensor b, Maybe z, Maybe base, Maybe gain, Maybe 
   args.mask = dense(mask, "mask", {shape.samples, shape.length}, acc, y);
   args.store_z = store_z;
   args.y = dense(y, "y", sizes_of(y), type, y);
-  STD_TORCH_CHECK(!store_z || args.z != args.y || (!gain && !bias && !delta),
-                  "store_z: got True for a z that is y, "
-                  "wants memory apart from y where the two differ");
+  want(!store_z || args.z != args.y || (!gain && !bias && !delta), "store_z", "True for a z that is y",
+       "memory apart from y where the two differ");
   Launch launch(y);
   Launch::check(echolora_cuda_linear_epilogue(&args, launch.stream()), "linear_epilogue");
 }
@@ -204,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(Tensor dy, M
                                                                     Maybe gain, Maybe z, Maybe mask, bool need_ds,
                                                                     bool need_db, bool need_dbias, bool need_dgain,
                                                                     bool need_ddelta, bool add_low_rank) {
-  STD_TORCH_CHECK(!add_low_rank, "add_low_rank: got True, wants False for CUDA tensors");
+  want(!add_low_rank, "add_low_rank", "True", "False for CUDA tensors");
   const ScalarType type = dy.scalar_type(), acc = accumulator_of(type);
   echolora_adapter_backward_args args = {};
   args.dy = rows(dy, "dy");
@@ -213,9 +216,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(Tensor dy, M
   args.b = matrix(b, "b", width, args.rank, dy);
   args.scaling = scaling;
   args.gain = dense(gain, "gain", {width}, acc, dy);
-  STD_TORCH_CHECK(!need_db || s, "s: got None, wants a tensor for need_db");
-  STD_TORCH_CHECK(!need_dgain || z, "z: got None, wants a tensor for need_dgain");
-  STD_TORCH_CHECK(!need_ddelta || mask, "mask: got None, wants a tensor for need_ddelta");
+  want(!need_db || s, "s", "None", "a tensor for need_db");
+  want(!need_dgain || z, "z", "None", "a tensor for need_dgain");
+  want(!need_ddelta || mask, "mask", "None", "a tensor for need_ddelta");
   if (s) args.s = matrix(*s, "s", total, args.rank, dy);
   args.z = dense(z, "z", {total, width}, type, dy);
   args.mask = dense(mask, "mask", {args.dy.samples, args.dy.length}, acc, dy);
@@ -275,9 +278,7 @@ Tensor lora_a_backward(Tensor x, Tensor ds, Maybe seed, int64_t drop_below, doub
 
 void input_epilogue(Tensor ds, Tensor a, Maybe product, Maybe seed, int64_t drop_below, double keep_scale,
                     bool accumulate, Tensor dx) {
-  STD_TORCH_CHECK(
-      dx.dim() == 2 && dx.size(0) >= 1 && dx.size(1) >= 1 && dx.size(0) <= MAX_SIZE && dx.size(1) <= MAX_SIZE,
-      "dx: got ", shape_of(dx), ", wants [M, K] with at least one element and sizes below ", MAX_SIZE);
+  want_matrix(dx, "dx", "[M, K]");
   const ScalarType type = dx.scalar_type();
   echolora_input_epilogue_args args = {};
   args.dtype = code_of(dx, "dx");
@@ -295,10 +296,7 @@ void input_epilogue(Tensor ds, Tensor a, Maybe product, Maybe seed, int64_t drop
 }
 
 std::tuple<Tensor, Tensor> dora_norm(Tensor weight, Tensor a, Tensor b, double scaling, Maybe magnitude) {
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) >= 1 && weight.size(0) <= MAX_SIZE &&
-                      weight.size(1) <= MAX_SIZE,
-                  "weight: got ", shape_of(weight),
-                  ", wants [N, K] with at least one element and sizes below ", MAX_SIZE);
+  want_matrix(weight, "weight", "[N, K]");
   const ScalarType acc = accumulator_of(weight.scalar_type());
   echolora_dora_norm_args args = {};
   args.dtype = code_of(weight, "weight");

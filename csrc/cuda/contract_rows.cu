@@ -76,6 +76,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<E, NT, SUMS>) contract_rows_ke
   using A = Acc<E>;
   constexpr int RANKS = 8 * NT, STRIDE = COLS + PAD<E>, LEFT_STRIDE = RANKS + PAD<E>;
   constexpr int FETCHES = ROWS<E, NT> / WARPS, LEFT_CHUNKS = ROWS<E, NT> * NT;
+  // one chain over all rows loses digits, which plain torch's results in 16 bits do not have
+  constexpr bool BY_TILE = SUMS && sizeof(E) > 2;
   extern __shared__ uint4 shared[];
   E* tile = reinterpret_cast<E*>(shared);                                      // [row][column]
   E* left_tile = tile + ROWS<E, NT> * STRIDE;                                  // [row][rank]
@@ -132,7 +134,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<E, NT, SUMS>) contract_rows_ke
         const Chunk<E> c = left.load(row0 + row, rank0 + r, row < rows_here ? rank - rank0 - r : 0);
         write_chunk(left_tile + row * LEFT_STRIDE + r, c);
       }
-    Values<A> ddelta = {};
+    Values<A> tile_dbias = {}, tile_dgain = {}, ddelta = {};
+    Values<A>&sum_dbias = BY_TILE ? tile_dbias : dbias, &sum_dgain = BY_TILE ? tile_dgain : dgain;
 #pragma unroll
     for (int i = 0; i < FETCHES; ++i) {
       const int local = warp + i * WARPS, row = row0 + local;
@@ -145,8 +148,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<E, NT, SUMS>) contract_rows_ke
             const A weight = p.ddelta != nullptr ? mask[row] : A(0);
 #pragma unroll
             for (int q = 0; q < CHUNK; ++q) {
-              dbias.v[q] += wide.v[q];
-              dgain.v[q] += wide.v[q] * v_z.v[q];
+              sum_dbias.v[q] += wide.v[q];
+              sum_dgain.v[q] += wide.v[q] * v_z.v[q];
               ddelta.v[q] += wide.v[q] * weight;
             }
           }
@@ -157,6 +160,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<E, NT, SUMS>) contract_rows_ke
         }
       }
       write_chunk(tile + local * STRIDE + lane * CHUNK, next[i]);
+    }
+    if (BY_TILE && sums_here) {
+#pragma unroll
+      for (int q = 0; q < CHUNK; ++q) {
+        dbias.v[q] += tile_dbias.v[q];
+        dgain.v[q] += tile_dgain.v[q];
+      }
     }
     if (sums_here && p.ddelta != nullptr) put_warp_sums(warp_sums, ddelta);
     __syncthreads();

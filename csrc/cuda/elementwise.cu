@@ -7,6 +7,7 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int64_t MOST_BLOCKS_Y = 65535;
+constexpr int AT_A_TIME = 8;  // partial sums
 
 template <typename A, typename Out>
 __global__ void __launch_bounds__(THREADS)
@@ -16,8 +17,13 @@ __global__ void __launch_bounds__(THREADS)
   for (int64_t o = blockIdx.y; o < outer; o += gridDim.y) {
     const A* first = partials + o * count * inner + i;
     A sum = 0;
-#pragma unroll 8
-    for (int64_t part = 0; part < count; ++part) sum += first[part * inner];
+    for (int64_t part = 0; part < count; part += AT_A_TIME) {  // one chain over many parts would lose digits
+      A several = 0;
+#pragma unroll
+      for (int i = 0; i < AT_A_TIME; ++i)
+        if (part + i < count) several += first[(part + i) * inner];
+      sum += several;
+    }
     out[o * inner + i] = static_cast<Out>(sum);
   }
 }

@@ -46,49 +46,69 @@ __device__ __forceinline__ void multiply_tiles(Acc<E> (&acc)[MT][NT][4], const E
     }
   } else {
     const int g = lane / 4, t = lane % 4;
-    constexpr int STEP = 4;  // along a row, four elements come in one load
+    // Along a row, four elements come in one load. Their products are summed before they join the sum, and where
+    // registers have room those of a block are: one chain of FMAs over the whole depth loses more digits than the
+    // vendor's GEMM does.
+    constexpr int STEP = 4, BLOCK = 32;
+    constexpr bool BY_BLOCK = !BY_DEPTH && !PACKED;
     struct alignas(16) Step {
       E v[4];
     };
 #pragma unroll 1
-    for (int k = 0; k < depth; k += STEP) {
-      E v_a[MT][2][STEP];
+    for (int begin = 0; begin < depth; begin += BY_BLOCK ? BLOCK : depth) {
+      const int end = BY_BLOCK && begin + BLOCK < depth ? begin + BLOCK : depth;
+      E block[MT][NT][4] = {};
+      E(&sums)[MT][NT][4] = BY_BLOCK ? block : acc;
+#pragma unroll 1
+      for (int k = begin; k < end; k += STEP) {
+        E v_a[MT][2][STEP];
 #pragma unroll
-      for (int i = 0; i < MT; ++i)
+        for (int i = 0; i < MT; ++i)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = 16 * i + 8 * half + g;
-          if constexpr (BY_DEPTH) {
+          for (int half = 0; half < 2; ++half) {
+            const int row = 16 * i + 8 * half + g;
+            if constexpr (BY_DEPTH) {
 #pragma unroll
-            for (int q = 0; q < STEP; ++q) v_a[i][half][q] = a[(k + q) * a_stride + row];
-          } else {
-            const Step s = *reinterpret_cast<const Step*>(a + row * a_stride + k);
+              for (int q = 0; q < STEP; ++q) v_a[i][half][q] = a[(k + q) * a_stride + row];
+            } else {
+              const Step s = *reinterpret_cast<const Step*>(a + row * a_stride + k);
 #pragma unroll
-            for (int q = 0; q < STEP; ++q) v_a[i][half][q] = s.v[q];
-          }
-        }
-#pragma unroll
-      for (int j = 0; j < NT; ++j)
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          E v_b[STEP];
-          if constexpr (BY_DEPTH) {
-#pragma unroll
-            for (int q = 0; q < STEP; ++q) v_b[q] = b[(k + q) * b_stride + 8 * j + 2 * t + odd];
-          } else {
-            const E* row =
-                PACKED ? b + packed_offset<E>(8 * t + 2 * j + odd, b_stride) : b + (8 * j + 2 * t + odd) * b_stride;
-            const Step s = *reinterpret_cast<const Step*>(row + k);
-#pragma unroll
-            for (int q = 0; q < STEP; ++q) v_b[q] = s.v[q];
+              for (int q = 0; q < STEP; ++q) v_a[i][half][q] = s.v[q];
+            }
           }
 #pragma unroll
-          for (int i = 0; i < MT; ++i)
+        for (int j = 0; j < NT; ++j)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
+          for (int odd = 0; odd < 2; ++odd) {
+            E v_b[STEP];
+            if constexpr (BY_DEPTH) {
 #pragma unroll
-              for (int q = 0; q < STEP; ++q) acc[i][j][2 * half + odd] += v_a[i][half][q] * v_b[q];
-        }
+              for (int q = 0; q < STEP; ++q) v_b[q] = b[(k + q) * b_stride + 8 * j + 2 * t + odd];
+            } else {
+              const E* row =
+                  PACKED ? b + packed_offset<E>(8 * t + 2 * j + odd, b_stride) : b + (8 * j + 2 * t + odd) * b_stride;
+              const Step s = *reinterpret_cast<const Step*>(row + k);
+#pragma unroll
+              for (int q = 0; q < STEP; ++q) v_b[q] = s.v[q];
+            }
+#pragma unroll
+            for (int i = 0; i < MT; ++i)
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                E step = 0;
+#pragma unroll
+                for (int q = 0; q < STEP; ++q) step += v_a[i][half][q] * v_b[q];
+                sums[i][j][2 * half + odd] += step;
+              }
+          }
+      }
+      if constexpr (BY_BLOCK)
+#pragma unroll
+        for (int i = 0; i < MT; ++i)
+#pragma unroll
+          for (int j = 0; j < NT; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) acc[i][j][e] += block[i][j][e];
     }
   }
 }

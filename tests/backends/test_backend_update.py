@@ -19,6 +19,7 @@ from linear_cases import (
 
 from echolora_kernels import BackendUnavailable
 from echolora_kernels.functional import lora_update
+from echolora_kernels.ops.echo_lora_linear import compiled_kernels
 from echolora_kernels.ops.echo_lora_linear.dropout import Dropout
 from echolora_kernels.ops.echo_lora_linear.kernels import load
 from echolora_kernels.ops.lora_update import operators, reference
@@ -262,3 +263,14 @@ def test_one_graph_equals_eager(backend, gain, p):
         gradients = torch.autograd.grad(y, list(leaves.values()), case.dy)
         for name, value in zip(("y", *leaves), (y, *gradients), strict=True):
             assert torch.equal(value, want[name]), name
+
+
+def test_the_library_writes_a_matrix(monkeypatch):
+    """The gradient of x alone: the CUDA half takes [M, K] and nothing else."""
+    shapes = []
+    default = lambda *arguments: shapes.append(arguments[-1].shape)  # noqa: E731
+    library = types.SimpleNamespace(input_epilogue=types.SimpleNamespace(default=default))
+    monkeypatch.setattr(compiled_kernels, "_operators", lambda: library)
+    ds, lora_a = torch.ones(6, 2), torch.ones(2, 5)
+    dx = compiled_kernels.CUDA.adapter_input_gradient(ds, lora_a, dropout=Dropout(), dtype=ds.dtype)
+    assert shapes == [dx.shape] == [(6, 5)]

@@ -262,8 +262,7 @@ class CompiledKernels:
     ) -> torch.Tensor:
         """B3 without its product; see `Kernels`."""
         dx = ds.new_empty((len(ds), lora_a.shape[1]), dtype=dtype)
-        to = dx.unsqueeze(0)
-        _operators().input_epilogue.default(ds, _thin(lora_a, dtype), None, *_drawn(dropout), False, to)
+        _operators().input_epilogue.default(ds, _thin(lora_a, dtype), None, *_drawn(dropout), False, dx)
         return dx
 
     def group_input_product(
