@@ -87,7 +87,7 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
         "thin with z": Tile(128, 0, 32, 8, 3),
         "thick": Tile(64, 0, 32, 8, 2),
     },
-    ("adapter_bwd", "single"): {"thin": Tile(32, 0, 16, 8, 2), "thick": Tile(32, 0, 16, 8, 1)},
+    ("adapter_bwd", "single"): {"thin": Tile(32, 0, 16, 8, 2), "thick": Tile(16, 0, 16, 8, 1)},
     ("adapter_bwd", "double"): {"thin": Tile(16, 0, 16, 4, 1), "thick": Tile(16, 0, 16, 4, 1)},
     ("lora_a_bwd", "half"): {"thin": Tile(0, 128, 64, 8, 3), "thick": Tile(0, 64, 32, 8, 2)},
     ("lora_a_bwd", "single"): {"thin": Tile(0, 32, 32, 4, 2), "thick": Tile(0, 32, 16, 8, 1)},
