@@ -205,7 +205,8 @@ if wanted layers; then
         bench layers "$(box 20)" --cases 'smollm2/layer/q/*/r16/p0/plain/fp32' --rows 48 --rounds 2 --device cpu
     else
         USUAL=(--kind layer --model llama3-8b --dtype bf16 --echo off --seconds 0.3 --roofline)
-        bench layers "$(box 15)" "${USUAL[@]}" --part q qkv down --rank 16 --dropout 0
+        bench layers "$(box 15)" "${USUAL[@]}" --part q qkv down --rank 16 --dropout 0 --implementations 'ours*' peft peft-bf16 addmm
+        bench layers-compiled "$(box 8)" "${USUAL[@]}" --part q --method lora --rank 16 --dropout 0 --implementations 'ours*' peft-compiled
         bench layers-more "$(box 5)" "${USUAL[@]}" --part q qkv --rank 16 64 --dropout 0.1 --implementations 'ours*' peft-bf16 addmm
     fi
     pack
