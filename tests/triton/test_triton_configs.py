@@ -19,7 +19,7 @@ H100 = Device("sm_90", 132)
 def test_every_choice_is_a_listed_candidate(arch, dtype):
     device = Device(arch, 100)
     for rows, cols in itertools.product((0, 1, 63, 4096, 100_000), (1, 1000, 16384)):
-        for load in ("plain", "rich", "twin", "added plain", "added rich"):
+        for load in ("plain", "rich", "twin", "added plain", "added rich", "added input plain", "added input rich"):
             listed = configs.candidates("matmul", dtype, arch)
             tile = configs.matmul_tile(rows, cols, dtype, device, load)
             assert tile in [listed[name] for name in configs.matmul_tiles(load) if name in listed]
@@ -76,3 +76,11 @@ def test_float32_is_multiplied_as_torch_is_set_to():
             assert input_precision(torch.bfloat16) == input_precision(torch.float64) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_behind_the_vendors_gemm_an_h100_takes_what_was_measured():
+    pick = lambda load, device: configs.matmul_tile(8192, 4096, torch.bfloat16, device, load)  # noqa: E731
+    tiles = configs.TILES["matmul", "half"]
+    assert pick(configs.forward_load(False, False, added=True), H100) == tiles["flat"]
+    assert pick(configs.input_load(16, False, added=True), H100) == tiles["large"]
+    assert pick("added plain", Device("sm_80", 108)) == tiles["large"]

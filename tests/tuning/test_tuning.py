@@ -79,6 +79,12 @@ def test_the_rule_is_one_of_the_ways():
             assert ways.by_rule(problem, device) in ways.ways(problem, device)
 
 
+def test_the_rule_is_what_the_backend_runs():
+    assert ways.by_rule(LLAMA, H100) == Way("lora-first", "matmul/flat")
+    assert ways.by_rule(replace(LLAMA, product="input-gradient"), H100) == Way("lora-first", "matmul/large")
+    assert ways.by_rule(replace(LLAMA, m=64), H100) == Way("fused", "matmul/small")  # no descriptors for a small one
+
+
 def test_the_ways_of_a_product_on_hopper():
     found = {str(way) for way in ways.ways(LLAMA, H100)}
     assert {"fused descriptor/wide", "fused matmul/large", "lora-first matmul/flat"} <= found

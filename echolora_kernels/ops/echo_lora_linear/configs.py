@@ -134,20 +134,19 @@ def rank_step(rank: int, dtype: torch.dtype = torch.bfloat16) -> int:
 def matmul_tile(rows: int, cols: int, dtype: torch.dtype, device: Device, load: str = "plain") -> Tile:
     """Tile of F2 and B3 for an output [rows, cols]: the largest that still gives every processor one.
 
+    F2 behind the vendor's GEMM takes the flat one where that was measured to be the fastest: on an H100.
+
     Args:
         load: what the kernel keeps in registers, see `forward_load` and `input_load`.
     """
     listed = candidates("matmul", dtype, device.arch)
+    if load in ("added plain", "added rich") and "flat" in listed and device.arch == "sm_90":
+        return listed["flat"]
     tiles = [listed[name] for name in matmul_tiles(load) if name in listed and name != "flat"]
     for tile in tiles:
         if -(-rows // tile.rows) * -(-cols // tile.cols) >= device.processors:
             return tile
     return tiles[-1]
-
-
-def linear_added_tile(dtype: torch.dtype, device: Device) -> Tile | None:
-    """F2's tile where the vendor's GEMM computes the base product: the one that an H100 showed, None elsewhere."""
-    return candidates("matmul", dtype, device.arch).get("flat") if device.arch == "sm_90" else None
 
 
 def forward_load(gain: bool, echo: bool, two_products: bool = False, added: bool = False) -> str:
@@ -165,7 +164,7 @@ def input_load(rank: int, dropout: bool, two_products: bool = False, added: bool
     """The same for B3, where the dropout mask of several rank steps no longer fits beside the "wide" accumulator."""
     thick = dropout and rank > MAX_RANK_STEP
     load = "twin" if two_products else "rich" if thick else "plain"
-    return f"added {load}" if added else load
+    return f"added input {load}" if added else load
 
 
 def matmul_tiles(load: str) -> tuple[str, ...]:
@@ -176,6 +175,8 @@ def matmul_tiles(load: str) -> tuple[str, ...]:
         "twin": ("twin",),
         "added plain": ("large", "lean", "small", "flat"),
         "added rich": ("small", "flat"),
+        "added input plain": ("large", "lean", "small", "flat"),
+        "added input rich": ("small", "flat"),
     }
     return loads[load]
 

@@ -3,21 +3,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How many rows a [n, T, width] tensor has, and how many belong to one sample."""
-
-    total: int
-    per_sample: int
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Rows:
-        return cls(tensor.shape[0] * tensor.shape[1], max(1, tensor.shape[1]))
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:

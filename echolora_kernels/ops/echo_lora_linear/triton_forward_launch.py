@@ -17,6 +17,7 @@ from .launch import (
     input_precision,
     kind,
     planned,
+    reduce_partials,
     strides,
 )
 from .rows import accumulator_dtype
@@ -58,7 +59,7 @@ def shrink(
     out_dtype = x.dtype if splits == 1 else accumulator_dtype(x.dtype)
     s = x.new_empty((splits, x.shape[0] * x.shape[1], a.shape[0]), dtype=out_dtype)
     plan.run(x.device, x=x, a=a, gain=gain, delta=delta, mask=mask, seed=dropout.seed, s=s)
-    return s[0] if splits == 1 else s.sum(0).to(x.dtype)
+    return reduce_partials(s).to(x.dtype)
 
 
 @planned
@@ -188,9 +189,7 @@ def _linear_plan(
     (d_out, d_in), w_strides, _ = weight
     (_, rank), b_strides, _ = lora_b
     rows, block_r = samples * length, configs.rank_step(rank, dtype)
-    added = has_base or not contract
-    load = configs.forward_load(has_gain, delta is not None, dora_dropout_p > 0, added)
-    tile = tile or (configs.linear_added_tile(dtype, device) if added else None)
+    load = configs.forward_load(has_gain, delta is not None, dora_dropout_p > 0, has_base or not contract)
     tile = tile or configs.matmul_tile(rows, d_out, dtype, device, load)
     constants = dropout_constants(dora_dropout_p)
     constants["DORA_DROPOUT"] = constants.pop("DROPOUT")

@@ -89,7 +89,7 @@ def expand(
 def adapter_input_gradient(
     ds: torch.Tensor, lora_a: torch.Tensor, *, dropout: Dropout, dtype: torch.dtype
 ) -> torch.Tensor:
-    """B3 without its product; dS comes as wide as it was summed, and is rounded to x's dtype."""
+    """B3 without its product; dS is rounded to x's dtype."""
     ds = ds.to(dtype)
     return input_backward(ds.unsqueeze(0), lora_a, ds, lora_a, dropout=dropout, contract=False)
 
@@ -106,7 +106,7 @@ def input_product(
 ) -> torch.Tensor:
     """B3 by any candidate; arguments and result as those of `triton_backward_launch.input_backward`.
 
-    dS comes as wide as it was summed, and is rounded to dY's dtype. None chooses `choice`.
+    dS is rounded to dY's dtype, if it is wider. None chooses `choice`.
     """
     ds, rank = ds.to(dy.dtype), lora_a.shape[0]
     choice = choice or _choice("input-gradient", dy, weight, rank, gain, dropout)
@@ -144,7 +144,7 @@ def group_input_product(
     if dropout.on_base and any(gain is not None for gain in gains):  # each dropped part has products of its own
         dx: Any = None
         for dy, p, d, gain in zip(dys, projections, ds, gains, strict=True):
-            dx = input_backward(dy, p.weight, d.to(dy.dtype), p.lora_a, dropout=dropout, gain=gain, base=dx)
+            dx = input_backward(dy, p.weight, d, p.lora_a, dropout=dropout, gain=gain, base=dx)
         return dx
     lora_a = torch.cat([p.lora_a.to(dys[0].dtype) for p in projections])
     dx = input_product(dys[0], projections[0].weight, stacked_ds, lora_a, dropout=dropout, gain=gains[0])
