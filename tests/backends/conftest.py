@@ -25,6 +25,13 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def _products_apart(request, monkeypatch):
+    """Small layers have kernels of their own on GPUs: tests/triton/test_triton_small.py."""
+    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "triton":
+        monkeypatch.setattr(load("triton"), "small", lambda *_: False)
+
+
 @pytest.fixture(scope="session", params=[backend.name for backend in BACKENDS if "echo_networks" in backend.operators])
 def networks_backend(request):
     """Those that have the echo networks, the reference too."""

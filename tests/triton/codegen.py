@@ -26,6 +26,7 @@ from echolora_kernels.ops.echo_lora_linear import (
     triton_descriptors,
     triton_forward_launch,
     triton_scale,
+    triton_small_launch,
 )
 from echolora_kernels.ops.echo_lora_linear.dropout import Dropout
 from echolora_kernels.ops.echo_lora_linear.launch import Launch
@@ -76,7 +77,8 @@ def source(kernel, arguments):
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        alike = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not alike):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         if isinstance(value, TensorDescriptor):
@@ -87,7 +89,7 @@ def source(kernel, arguments):
             signature[parameter.name] = TYPES[value.dtype]
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
+        if isinstance(value, torch.Tensor) or (value % 16 == 0 and not alike):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 
@@ -187,6 +189,7 @@ def launches(arch, dtype, everything):
                 )
     yield from _by_descriptors(arch, dtype, everything, adapters, record, x, weight, vector, gain, echo, some)
     yield from _losses(everything, record, dtype)
+    yield from _small(dtype, adapters, record, x, weight, vector, some)
     for label, matrix in {"rows": weight, "columns": weight.t()}.items():
         yield from record(label, triton_scale.scale_rows, matrix, gain)
     for rank in (16, 32, 64, 128, 256) if everything else (16, 64, 256):
@@ -250,6 +253,21 @@ def _by_descriptors(arch, dtype, everything, adapters, record, x, weight, vector
                 yield from record(f"{where} dropout", backward, x, weight, s, a, dropout=dropout, tile=tile)
             yield from record(f"{where} lora", linear, x, weight, s, b, bias=vector, tile=tile)
             yield from record(f"{where} lora", backward, x, weight, s, a, dropout=Dropout(), tile=tile)
+
+
+def _small(dtype, adapters, record, x, weight, vector, dropout):
+    """Float32 adapters; the plainest form, and the heaviest."""
+    forward, backward = triton_small_launch.small_forward, triton_small_launch.small_backward
+    for rank in (16, configs.SMALL_RANK):
+        a, b, _ = adapters(rank, torch.promote_types(dtype, torch.float32))
+        s = torch.empty(ROWS, rank, device="meta", dtype=dtype)
+        for label, drop, more in (
+            (f"r{rank}", Dropout(), {}),
+            (f"r{rank} dropout", dropout, {"base": x.view(-1, WIDTH)}),
+        ):
+            bias = vector if more else None
+            yield from record(label, forward, x, weight, a, b, 2.0, bias=bias, dropout=drop, shape=(ROWS, WIDTH))
+            yield from record(label, backward, x, x, weight, s, a, b, 2.0, dropout=drop, **more)
 
 
 def _losses(everything, record, dtype):

@@ -20,6 +20,22 @@ def forget():
 
 
 @pytest.fixture(autouse=True)
+def _products_apart(monkeypatch):
+    """On GPUs too, where most cases here are small enough for kernels of their own: `small` brings those."""
+    from echolora_kernels.ops.echo_lora_linear import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "small", lambda *_: False)
+
+
+@pytest.fixture
+def small(_products_apart, monkeypatch):
+    """Every LoRA layer without an echo is small."""
+    from echolora_kernels.ops.echo_lora_linear import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "small", lambda *_: True)
+
+
+@pytest.fixture(autouse=True)
 def _planned_anew():
     _forget()
     yield
@@ -34,6 +50,7 @@ def _forget():
         triton_forward_launch,
         triton_products,
         triton_scale,
+        triton_small_launch,
     )
 
     modules = (
@@ -43,6 +60,7 @@ def _forget():
         triton_descriptors,
         triton_products,
         triton_scale,
+        triton_small_launch,
     )
     for module in modules:
         for function in vars(module).values():

@@ -68,3 +68,21 @@ def test_configs_compile_and_fit(arch, dtype):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_variant_compiles_and_fits(arch, dtype):
     assert_sound(compiled(arch, dtype, "--all"))
+
+
+def test_lengths_in_a_batch_cost_no_compilation():
+    """Kernels that walk rows of samples are compiled once for all numbers of rows."""
+    code = """
+import importlib, pkgutil, triton, echolora_kernels.ops as ops
+from echolora_kernels.ops.echo_lora_linear.triton_blocks import VARYING
+for module in pkgutil.walk_packages(ops.__path__, ops.__name__ + "."):
+    if "triton" not in module.name:
+        continue
+    for name, kernel in vars(importlib.import_module(module.name)).items():
+        if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel") and "T" in kernel.arg_names:
+            print(name, *(p.name for p in kernel.params if p.name in VARYING and not p.do_not_specialize))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found = [line.split() for line in run.stdout.splitlines()]
+    assert len(found) >= 12 and all(len(words) == 1 for words in found), found

@@ -29,6 +29,16 @@ def rounded(case, dtype):
     return narrow, narrow.to(torch.float64)
 
 
+def insist(monkeypatch, candidate):
+    """Products by the "fused" kernel or around the "vendor"'s GEMM."""
+    from echolora_kernels.ops.echo_lora_linear import candidates
+
+    pick = -1 if candidate == "vendor" else 0
+    monkeypatch.setattr(
+        candidates, "choose", lambda problem, *_: candidates.Choice(candidates.possible(problem)[pick], "test")
+    )
+
+
 @pytest.mark.parametrize("candidate", ["fused", "vendor"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dora", [False, True])
@@ -36,15 +46,33 @@ def rounded(case, dtype):
 @pytest.mark.parametrize("r", [8, 16, 128])
 def test_as_exact_as_torch(monkeypatch, candidate, dtype, dora, site, r):
     """Largest and rms error of y and every gradient: at most 1.5 times plain torch's, both against float64."""
-    from echolora_kernels.ops.echo_lora_linear import candidates
-
-    pick = -1 if candidate == "vendor" else 0
-    monkeypatch.setattr(
-        candidates, "choose", lambda problem, *_: candidates.Choice(candidates.possible(problem)[pick], "test")
-    )
+    insist(monkeypatch, candidate)
     case, exact = rounded(make(n=4, t=250, d_in=1000, d_out=776, r=r, site=site, dora=dora), dtype)
     ratios = error_ratios(case.results("triton"), case.results("reference"), exact.results("reference"))
     assert max(max(pair) for pair in ratios.values()) <= RATIO, ratios
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("r", [4, 16, 32])
+@pytest.mark.parametrize("sizes", [(4, 250, 1000, 776), (3, 131, 576, 192), (2, 1024, 264, 512)])
+def test_small_layers_as_exact_as_torch(small, launches, dtype, r, sizes):
+    n, t, d_in, d_out = sizes
+    case, exact = rounded(make(n=n, t=t, d_in=d_in, d_out=d_out, r=r, bias=False), dtype)
+    got = case.results("triton")
+    assert all(name.startswith("small") for name in launches), launches
+    ratios = error_ratios(got, case.results("reference"), exact.results("reference"))
+    assert max(max(pair) for pair in ratios.values()) <= RATIO, ratios
+
+
+def test_small_layers_drop_what_other_layers_drop(monkeypatch):
+    """The mask is a function of seed, row and column, whichever kernel replays it."""
+    from echolora_kernels.ops.echo_lora_linear import triton_kernels
+
+    case = make(n=3, t=131, d_in=576, d_out=192, r=16, bias=False, p=0.3)
+    want = case.results("triton")
+    monkeypatch.setattr(triton_kernels, "small", lambda *_: True)
+    for name, value in case.results("triton").items():
+        torch.testing.assert_close(value, want[name], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -68,16 +96,17 @@ def test_another_stream_gives_the_same():
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("site", [None, "output"])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_cuda_graph_capture(p):
+def test_cuda_graph_capture(small, site, p):
     """A captured forward and backward replays; with dropout each replay draws another mask."""
-    case = make(n=2, t=128, d_in=512, d_out=256, r=16, site="output", dtype=torch.bfloat16, p=p)
+    case = make(n=2, t=128, d_in=512, d_out=256, r=16, site=site, bias=False, dtype=torch.bfloat16, p=p)
     x = case.x.clone().requires_grad_()
-    a = case.lora_a.clone().requires_grad_()
+    a, b = case.lora_a.clone().requires_grad_(), case.lora_b.clone().requires_grad_()
 
     def step():
-        y = replace(case, x=x, lora_a=a).call("triton")
-        return (y, *torch.autograd.grad(y, [x, a], case.dy))
+        y = replace(case, x=x, lora_a=a, lora_b=b).call("triton")
+        return (y, *torch.autograd.grad(y, [x, a, b], case.dy))
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -122,18 +151,23 @@ def test_peak_memory_holds_no_copy_of_x_and_no_mask():
     assert torch.cuda.max_memory_allocated() - before <= output + rows * d_in * 2 + rows * r * 4 * 64 + 2**22
 
 
+@pytest.mark.parametrize("candidate", ["fused", "vendor"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_tensors_beyond_two_to_the_31_elements(dtype):
+def test_tensors_beyond_two_to_the_31_elements(monkeypatch, candidate, dtype):
+    """The last rows, as exact as plain torch has them alone."""
     rows = 2**31 // 512 + 300
     if torch.cuda.mem_get_info()[0] < 5 * rows * 512 * dtype.itemsize:
         pytest.skip("needs more GPU memory")
+    insist(monkeypatch, candidate)
     x = torch.zeros(1, rows, 512, dtype=dtype, device="cuda")
     x[0, -200:] = torch.randn(200, 512, device="cuda").to(dtype)
-    small = make(n=1, t=200, d_in=512, d_out=512, r=8, dtype=dtype)
-    small = replace(small, x=x[:, -200:])
-    large = replace(small, x=x, dy=None)
+    last = make(n=1, t=200, d_in=512, d_out=512, r=8, dtype=dtype)
+    last = replace(last, x=x[:, -200:])
     with torch.no_grad():
-        assert torch.equal(large.call("triton")[:, -200:], small.call("triton"))
+        got = {"y": replace(last, x=x).call("triton")[:, -200:]}
+        plain, exact = ({"y": case.call("reference")} for case in (last, last.to(torch.float64)))
+    ratios = error_ratios(got, plain, exact)
+    assert max(ratios["y"]) <= RATIO, ratios
 
 
 def test_compute_sanitizer_finds_nothing():
@@ -142,8 +176,9 @@ def test_compute_sanitizer_finds_nothing():
         pytest.skip("compute-sanitizer is not installed")
     code = """
 from triton_cases import make
-for dora, site, p in ((False, None, 0.0), (True, "output", 0.0), (True, "adapter_input", 0.3), (False, "rank", 0.3)):
-    make(n=2, t=37, d_in=75, d_out=83, r=5, site=site, dora=dora, p=p, dtype=torch.bfloat16).results("triton")
+for dora, site, p in ((False, None, 0.0), (False, None, 0.3), (True, "output", 0.0), (True, "adapter_input", 0.3), (False, "rank", 0.3)):
+    case = make(n=2, t=37, d_in=75, d_out=83, r=5, site=site, dora=dora, p=p, bias=dora, dtype=torch.bfloat16)
+    case.results("triton")
 torch.cuda.synchronize()
 """
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])

@@ -14,7 +14,7 @@ import triton.language as tl
 from ..echo_lora_linear.configs import Tile, dtype_class
 from ..echo_lora_linear.launch import accumulator, run, want_runnable
 from ..echo_lora_linear.rows import accumulator_dtype
-from ..echo_lora_linear.triton_blocks import row_offsets
+from ..echo_lora_linear.triton_blocks import VARYING, row_offsets
 from .kernels import STATS
 from .result import IGNORE_INDEX
 
@@ -85,7 +85,7 @@ def times_log_ratio(b_p, b_log_ratio):
     return tl.where(b_p == 0, 0.0, b_p * b_log_ratio)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def distillation_fwd_kernel(
     off,
     on,
@@ -145,7 +145,7 @@ def distillation_fwd_kernel(
     tl.store(p_stats + 6, b_kl)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def distillation_bwd_kernel(
     off,
     on,

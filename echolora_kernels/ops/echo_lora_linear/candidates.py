@@ -195,6 +195,11 @@ def from_environment(product: str) -> tuple[str | None, str | None]:
     return insisted.get(product), os.environ.get(TABLE_VARIABLE) or None
 
 
+def insisted() -> bool:
+    """Whether the environment says how any product is computed."""
+    return bool(os.environ.get(CANDIDATE_VARIABLE))
+
+
 @functools.cache
 def parse(text: str) -> dict[str, str]:
     """Product -> candidate, of "fused" (for every product), or of "product=candidate" pairs joined by commas.

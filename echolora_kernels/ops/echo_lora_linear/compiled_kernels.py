@@ -49,6 +49,10 @@ class CompiledKernels:
         """x's dtype where the adapters have it, or where S is rounded; else the accumulator's."""
         return x_dtype if self.rounds_s or lora_dtype == x_dtype else accumulator_dtype(x_dtype)
 
+    def small(self, rows: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:
+        """No layer: launching from C++ takes no time to speak of."""
+        return False
+
     def dora_norm(
         self,
         weight: torch.Tensor,

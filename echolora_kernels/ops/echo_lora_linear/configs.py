@@ -17,6 +17,8 @@ MAX_RANK_STEP = 64
 MAX_RANK = 256
 # above this rank, partial sums of dS would take longer than a second read of dY (measured on an H100)
 ONE_PASS_RANK = 32
+# small layers: one program adds up all rows, every program a whole rank
+SMALL_ROWS, SMALL_RANK = 2048, 32
 # the rank enters D0, where each float32 operand is held as two, in smaller steps
 MAX_NORM_RANK_STEP = 32
 # programs that share one row's norm in D0, whose partial sums one block holds
@@ -92,6 +94,12 @@ TILES: dict[tuple[str, str], dict[str, Tile]] = {
     ("lora_a_bwd", "half"): {"thin": Tile(0, 128, 64, 8, 3), "thick": Tile(0, 64, 32, 8, 2)},
     ("lora_a_bwd", "single"): {"thin": Tile(0, 32, 32, 4, 2), "thick": Tile(0, 32, 16, 8, 1)},
     ("lora_a_bwd", "double"): {"thin": Tile(0, 16, 16, 4, 1), "thick": Tile(0, 16, 16, 4, 1)},
+    ("small", "half"): {"square": Tile(64, 64, 64, 4, 3)},
+    ("small", "single"): {"square": Tile(64, 64, 32, 8, 2)},
+    ("small", "double"): {"square": Tile(32, 32, 16, 4, 1)},
+    ("small_sum", "half"): {"thin": Tile(0, 64, 64, 4, 3)},
+    ("small_sum", "single"): {"thin": Tile(0, 32, 32, 4, 2)},
+    ("small_sum", "double"): {"thin": Tile(0, 16, 16, 4, 1)},
     ("dora_norm", "half"): {"thin": Tile(64, 0, 64, 4, 3)},
     ("dora_norm", "single"): {"thin": Tile(64, 0, 64, 4, 3)},
     ("dora_norm", "double"): {"thin": Tile(16, 0, 16, 4, 1)},
@@ -229,6 +237,16 @@ def adapter_bwd_tile(block_r: int, dtype: torch.dtype, arch: str, with_z: bool =
 def lora_a_bwd_tile(block_r: int, dtype: torch.dtype, arch: str) -> Tile:
     """Tile of B2 for a padded rank: `cols` inputs, `inner` rows of x at a time."""
     return _by_rank("lora_a_bwd", block_r, dtype, arch)
+
+
+def small_tile(dtype: torch.dtype, arch: str) -> Tile:
+    """Tile of both large products of a small layer."""
+    return candidates("small", dtype, arch)["square"]
+
+
+def small_sum_tile(dtype: torch.dtype, arch: str) -> Tile:
+    """Tile of dB and dA of a small layer: `cols` outputs or inputs, `inner` rows at a time."""
+    return candidates("small_sum", dtype, arch)["thin"]
 
 
 def dora_norm_tile(dtype: torch.dtype, arch: str) -> Tile:

@@ -17,8 +17,8 @@ from .autograd import apply, check_limits, traced, under_autocast
 from .checks import check_group
 from .dropout import Dropout
 from .echo import Echo
-from .kernels import load
-from .passes import Maybe, from_sums, inner_sums, kinds_of
+from .kernels import Kernels, load
+from .passes import ForwardResult, Maybe, from_sums, inner_sums, kinds_of
 from .projection import Projection
 from .rows import accumulator_dtype, as_rows, without_autocast
 
@@ -75,45 +75,21 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
         differentiable: bool,
         *tensors: Maybe,
     ) -> tuple[torch.Tensor, ...]:
-        kernels = load(backend)
         projections = _unflatten(fixed, tensors)
-        rows = as_rows(x)
-        with without_autocast(x):
-            stacked, scaling, delta, mask = _stack(projections, kernels.s_dtype(x.dtype, projections[0].lora_a.dtype))
-        site = "none" if delta is None else "rank"
-        s = kernels.shrink(rows, stacked, scaling, dropout=dropout, site=site, delta=delta, mask=mask)
         need_x, need_a = ctx.needs_input_grad[0], any(ctx.needs_input_grad[_FIXED + 2 :: _TENSORS])
-        parts = s.split([p.lora_a.shape[0] for p in projections], 1)
-        outputs, saved = [], []
-        for index, p in enumerate(projections):
-            needs = ctx.needs_input_grad[_FIXED + index * _TENSORS :][:_TENSORS]
-            norm = gain = None
-            if p.magnitude is not None:
-                norm, gain = kernels.dora_norm(p.weight, p.lora_a, p.lora_b, p.scaling, p.magnitude)
-            outer = p.echo if p.echo is not None and p.echo.site == "output" else None
-            y, z = kernels.linear_product(
-                rows,
-                p.weight,
-                parts[index],
-                p.lora_b,
-                bias=p.bias,
-                gain=gain,
-                delta=None if outer is None else outer.delta,
-                mask=None if outer is None else outer.mask,
-                dropout=dropout,
-                store_z=differentiable and needs[4],
-                shape=(*x.shape[:-1], p.weight.shape[0]),
-            )
-            outputs.append(y)
+        needs_z = [differentiable and need for need in ctx.needs_input_grad[_FIXED + 4 :: _TENSORS]]
+        s, found = _forward(load(backend), x, projections, dropout, needs_z)
+        saved = []
+        for p, out in zip(projections, found, strict=True):
             weight, _, lora_a, lora_b, _, *echo = _flatten(p)
             if p.echo is None or p.echo.site != "adapter_input":
                 lora_a = lora_a if need_x else None
-            saved += [weight if need_x else None, None, lora_a, lora_b, None, *echo, z, norm, gain]
+            saved += [weight if need_x else None, None, lora_a, lora_b, None, *echo, out.z, out.norm, out.gain]
         ctx.backend, ctx.fixed, ctx.dropout = backend, fixed, (dropout.p, dropout.dora)
         ctx.kinds = [kinds_of(_flatten(p)) for p in projections]
         ctx.save_for_backward(x if need_a else None, s, dropout.seed, *saved)
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        return tuple(out.y for out in found)
 
     @staticmethod
     @once_differentiable
@@ -129,7 +105,15 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
         need_x, need_a = ctx.needs_input_grad[0], any(needs[index][2] for index in used)
         gradients: list[list[Maybe]] = [[None] * _TENSORS for _ in range(count)]
         ds: list[Maybe] = []
+        dx: Maybe = None
         parts = s.split([p.lora_b.shape[1] for p in projections], 1)
+        if need_x and all(_all_small(kernels, dys[i], projections[i], each[i][-1], needs[i]) for i in used):
+            for index in used:
+                p, dy = projections[index], as_rows(dys[index])
+                dx, *gradients[index][2:4] = kernels.small_backward(
+                    dy, as_rows(x), p.weight, parts[index], p.lora_a, p.lora_b, p.scaling, dropout=dropout, base=dx
+                )
+            return _flat_gradients(dx if dx is None else dx.view(x.shape), gradients)
         for index in used:
             p, need, kinds, (z, norm, gain) = projections[index], needs[index], ctx.kinds[index], each[index][_TENSORS:]
             mask, site = (None, "output") if p.echo is None else (p.echo.mask, p.echo.site)
@@ -158,12 +142,68 @@ class EchoLoRALinearGroupFunction(torch.autograd.Function):
             for index, p, d, part in zip(used, members, ds, da.split([d.shape[1] for d in ds]), strict=True):
                 if needs[index][2]:
                     gradients[index][2] = _with_echo(part, p, d).to(ctx.kinds[index][2][1])
-        dx = None
         if used and need_x:
             rows, gains = [as_rows(dys[index]) for index in used], [each[index][-1] for index in used]
             dx = kernels.group_input_product(rows, members, ds, stacked_ds, gains=gains, dropout=dropout)
             dx = dx.view(*dys[used[0]].shape[:-1], dx.shape[-1])
-        return dx, *[None] * (_FIXED - 1), *(gradient for own in gradients for gradient in own)
+        return _flat_gradients(dx, gradients)
+
+
+def _forward(
+    kernels: Kernels, x: torch.Tensor, projections: Sequence[Projection], dropout: Dropout, needs_z: Sequence[bool]
+) -> tuple[torch.Tensor, list[ForwardResult]]:
+    """All S side by side, and what each projection's forward pass leaves behind besides."""
+    rows, ranks = as_rows(x), [len(p.lora_a) for p in projections]
+    shapes = [(*x.shape[:-1], p.weight.shape[0]) for p in projections]
+    found = []
+    if all(_small(kernels, rows, p) for p in projections):
+        s = rows.new_empty((rows.shape[0] * rows.shape[1], sum(ranks)))
+        for p, part, shape in zip(projections, s.split(ranks, 1), shapes, strict=True):
+            _, y = kernels.small_forward(
+                rows, p.weight, p.lora_a, p.lora_b, p.scaling, bias=p.bias, dropout=dropout, shape=shape, s=part
+            )
+            found.append(ForwardResult(y, None, None, None, None))
+        return s, found
+    with without_autocast(x):
+        stacked, scaling, delta, mask = _stack(projections, kernels.s_dtype(x.dtype, projections[0].lora_a.dtype))
+    site = "none" if delta is None else "rank"
+    s = kernels.shrink(rows, stacked, scaling, dropout=dropout, site=site, delta=delta, mask=mask)
+    for p, part, shape, need_z in zip(projections, s.split(ranks, 1), shapes, needs_z, strict=True):
+        norm = gain = None
+        if p.magnitude is not None:
+            norm, gain = kernels.dora_norm(p.weight, p.lora_a, p.lora_b, p.scaling, p.magnitude)
+        outer = p.echo if p.echo is not None and p.echo.site == "output" else None
+        y, z = kernels.linear_product(
+            rows,
+            p.weight,
+            part,
+            p.lora_b,
+            bias=p.bias,
+            gain=gain,
+            delta=None if outer is None else outer.delta,
+            mask=None if outer is None else outer.mask,
+            dropout=dropout,
+            store_z=need_z,
+            shape=shape,
+        )
+        found.append(ForwardResult(y, None, z, norm, gain))
+    return s, found
+
+
+def _small(kernels: Kernels, rows: torch.Tensor, p: Projection) -> bool:
+    """Whether these kernels have one launch for all that this projection's forward pass computes."""
+    return p.magnitude is None and p.echo is None and kernels.small(rows, p.weight, len(p.lora_a))
+
+
+def _all_small(kernels: Kernels, dy: torch.Tensor, p: Projection, gain: Maybe, needs: Sequence[bool]) -> bool:
+    """The same of its backward pass, where x needs a gradient; p is what was saved of it."""
+    _, bias, lora_a, lora_b, *_ = needs
+    return gain is None and lora_a and lora_b and not bias and _small(kernels, as_rows(dy), p)
+
+
+def _flat_gradients(dx: Maybe, gradients: Sequence[Sequence[Maybe]]) -> tuple[Maybe, ...]:
+    """As the Function returns them."""
+    return dx, *[None] * (_FIXED - 1), *(gradient for own in gradients for gradient in own)
 
 
 def _unflatten(fixed: list[tuple[str, float]], tensors: Sequence[Maybe]) -> list[Projection]:

@@ -42,6 +42,9 @@ class Kernels(Protocol):
     def s_dtype(self, x_dtype: torch.dtype, lora_dtype: torch.dtype) -> torch.dtype:
         """The dtype of what `shrink` returns for adapters of `lora_dtype` on an x of `x_dtype`."""
 
+    def small(self, rows: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:
+        """Whether `small_forward` and `small_backward` serve a LoRA layer of these sizes without an echo, rows [n, T, K]."""
+
     def dora_norm(
         self,
         weight: torch.Tensor,
@@ -132,6 +135,44 @@ class Kernels(Protocol):
 
         Returns:
             y, [M, N], and z without S B^T, which is base itself, or None: contiguous, in base's dtype.
+        """
+
+    def small_forward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        scaling: float,
+        *,
+        bias: torch.Tensor | None,
+        dropout: Dropout,
+        shape: tuple[int, ...],
+        s: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`shrink` and `linear_product` of a layer that is `small`: S, written into `s` where it is given, and y."""
+
+    def small_backward(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        s: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        scaling: float,
+        *,
+        dropout: Dropout,
+        base: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All gradients of a layer that is `small`.
+
+        Args:
+            s: [M, r], unit stride, as `small_forward` or `shrink` left it.
+            base: [M, K], contiguous, to add dX to, in place: that of other projections of the same input.
+
+        Returns:
+            dX [M, K], dA and dB, the last two in the adapters' dtype.
         """
 
     def linear_forward(
@@ -295,10 +336,6 @@ def _imported(backend: str) -> Kernels:
         from . import triton_kernels
 
         return cast(Kernels, triton_kernels)  # not fused, so without the two functions of that
-    if backend == "cpp":
-        from .compiled_kernels import CPP
+    from .compiled_kernels import CPP, CUDA
 
-        return CPP
-    from .compiled_kernels import CUDA
-
-    return CUDA
+    return cast(Kernels, CPP if backend == "cpp" else CUDA)  # nothing is small, so without the two functions of that

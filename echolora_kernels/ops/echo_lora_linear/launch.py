@@ -19,6 +19,7 @@ from .dropout import Dropout
 # how many sizes of each launch are remembered; a sequence length that never came before costs some microseconds
 PLANS = 4096
 planned: Callable[[Callable], Any] = functools.lru_cache(PLANS)
+_hooks = triton.knobs.runtime
 # what a plan knows of a tensor: shape, strides, dtype
 Kind = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
@@ -48,7 +49,7 @@ class Launch:
         self._grid = (*grid, 1, 1)[:3]
         self._values = [constants.get(name) for name in kernel.arg_names]
         self._places = {name: place for place, name in enumerate(kernel.arg_names)}
-        self._started: dict[tuple[Any, ...], Callable] = {}
+        self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def run(self, device: torch.device, **tensors: torch.Tensor | None) -> None:
         """Launch on `device`'s current stream; nothing happens where the grid is empty."""
@@ -77,16 +78,32 @@ class Launch:
                 continue
             values[self._places[name]] = address = tensor.data_ptr()
             key += tensor.dtype, not address & 15  # all that the compiler is told of it
-        start = self._started.get(tuple(key))
-        if start is None:
+        compiled = self._compiled.get(tuple(key))
+        if compiled is None:
             compiled = self.kernel[self._grid](**self.arguments(tensors), **options(self.tile))
             if isinstance(self.kernel, triton.JITFunction):  # the interpreter compiles nothing
-                self._started[tuple(key)] = compiled[self._grid]
+                self._compiled[tuple(key)] = compiled
             return
         if self._blocks:
             for name, value in self._descriptors(tensors).items():
                 values[self._places[name]] = value
-        start(*values)
+        # as Triton's dispatch ends; of hooks, empty chains would be called too
+        stream, enter, leave = _stream()(device.index), _hook(_hooks.launch_enter_hook), _hook(_hooks.launch_exit_hook)
+        metadata = compiled.launch_metadata(self._grid, stream, *values) if enter or leave else None
+        compiled.run(
+            *self._grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *values
+        )  # fmt: skip
+
+
+@functools.cache
+def _stream() -> Callable[[int], int]:
+    """What tells the current stream of a device."""
+    return triton.runtime.driver.active.get_current_stream
+
+
+def _hook(chain: Any) -> Any:
+    """The hooks, or None where there are none."""
+    return chain if getattr(chain, "calls", True) else None
 
 
 def options(tile: Tile) -> dict[str, Any]:

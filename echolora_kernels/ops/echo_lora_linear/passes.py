@@ -53,10 +53,15 @@ def forward_pass(
     if math.prod(x.shape[:-1]) == 0:
         return ForwardResult(x.new_empty((*x.shape[:-1], weight.shape[0])), None, None, None, None)
     rows = kernels_rows(kernels, x)
+    shape = (*x.shape[:-1], weight.shape[0])
+    if magnitude is None and echo is None and kernels.small(rows, weight, lora_a.shape[0]):
+        s, y = kernels.small_forward(
+            rows, weight, lora_a, lora_b, scaling, bias=bias, dropout=dropout, shape=shape
+        )  # fmt: skip
+        return ForwardResult(y, s, None, None, None)
     norm = gain = None
     if magnitude is not None:
         norm, gain = kernels.dora_norm(weight, lora_a, lora_b, scaling, magnitude)
-    shape = (*x.shape[:-1], weight.shape[0])
     if kernels.fused:
         s, y, z = kernels.linear_forward(
             rows,
@@ -139,6 +144,11 @@ def backward_pass(
     da: Maybe = None
     dweight: Maybe = None
     of_output = mask if site == "output" else None
+    # only what is frozen and plain; its S is the same, whichever kernels computed it
+    all_three = need_x and need_a and need_b and not (need_weight or need_bias or need_delta)
+    if all_three and out.gain is None and delta is None and kernels.small(dy_rows, weight, lora_b.shape[1]):
+        dx, da, db = kernels.small_backward(dy_rows, rows, weight, out.s, lora_a, lora_b, scaling, dropout=dropout)
+        return [dx.view(kinds[0][0]), None, None, da, db, None, None]
     which = {
         "need_lora_b": need_b,
         "need_bias": need_bias,

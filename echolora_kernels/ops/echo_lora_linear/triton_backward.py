@@ -13,10 +13,10 @@ inputs give the same bits. Their launchers are in `triton_backward_launch`.
 import triton
 import triton.language as tl
 
-from .triton_blocks import add_dot, dropped, keep_mask, row_offsets, swizzled_tile
+from .triton_blocks import VARYING, add_dot, dropped, keep_mask, row_offsets, swizzled_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def adapter_bwd_kernel(
     dy,
     b,
@@ -121,7 +121,7 @@ def adapter_bwd_kernel(
         tl.store(db + o_out[:, None] * R + o_r[None, :], b_db, mask=m_b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def lora_a_bwd_kernel(
     x,
     ds,
@@ -211,7 +211,7 @@ def add_adapter(
     return b_dx
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def input_bwd_kernel(
     dy,
     w,

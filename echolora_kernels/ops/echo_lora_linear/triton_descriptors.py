@@ -29,7 +29,7 @@ from .launch import (
     strides,
 )
 from .rows import one_sample
-from .triton_blocks import add_low_rank, add_outside_gain, keep_mask, swizzled_tile
+from .triton_blocks import VARYING, add_low_rank, add_outside_gain, keep_mask, swizzled_tile
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def _linear_tile(
     y.store([i_row, i_col], b_z.to(y.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def linear_descriptor_fwd_kernel(
     x,
     w,
@@ -200,7 +200,7 @@ def _input_tile(
     dx.store([i_row, i_k], b_dx.to(dx.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def input_descriptor_bwd_kernel(
     dy,
     w,

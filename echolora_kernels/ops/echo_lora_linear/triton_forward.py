@@ -9,10 +9,10 @@ F2  y = g (x W0^T + S B^T) + bias + mask Delta        reads x and W0 once, S and
 import triton
 import triton.language as tl
 
-from .triton_blocks import add_dot, add_low_rank, add_outside_gain, dropped, row_offsets, swizzled_tile
+from .triton_blocks import VARYING, add_dot, add_low_rank, add_outside_gain, dropped, row_offsets, swizzled_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def shrink_fwd_kernel(
     x,
     a,
@@ -89,7 +89,7 @@ def shrink_fwd_kernel(
     tl.store(p_s, (b_s * SCALING).to(s.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def linear_fwd_kernel(
     x,
     w,

@@ -10,6 +10,7 @@ from .launch import want_runnable
 from .triton_backward_launch import adapter_backward, lora_a_backward
 from .triton_forward_launch import shrink
 from .triton_products import adapter_input_gradient, expand, group_input_product, input_product, linear_product
+from .triton_small_launch import small, small_backward, small_forward
 
 __all__ = [
     "adapter_backward",
@@ -24,6 +25,9 @@ __all__ = [
     "max_rank",
     "s_dtype",
     "shrink",
+    "small",
+    "small_backward",
+    "small_forward",
     "want_runnable",
 ]
 

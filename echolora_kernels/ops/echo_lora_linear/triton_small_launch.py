@@ -1,0 +1,225 @@
+"""Launchers of the kernels of small layers, and which layers are small."""
+
+from __future__ import annotations
+
+import torch
+
+from . import candidates, configs
+from .configs import Device
+from .dropout import Dropout
+from .launch import (
+    Kind,
+    Launch,
+    accumulator,
+    device_of,
+    dropout_constants,
+    input_precision,
+    kind,
+    planned,
+    strides,
+)
+from .triton_small import small_adapter_bwd_kernel, small_fwd_kernel, small_input_bwd_kernel
+
+
+def small_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    *,
+    bias: torch.Tensor | None,
+    dropout: Dropout,
+    shape: tuple[int, ...],
+    s: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """F1 and F2 in one launch; see `Kernels`."""
+    if s is None:
+        s = x.new_empty((x.shape[0] * x.shape[1], lora_a.shape[0]))
+    plan = _forward_plan(
+        kind(x), kind(weight), kind(lora_a), lora_b.stride(), strides(bias), s.stride(0), float(scaling), dropout.p,
+        device_of(x), input_precision(x.dtype),
+    )  # fmt: skip
+    y = x.new_empty(shape)
+    plan.run(x.device, x=x, w=weight, a=lora_a, b=lora_b, bias=bias, seed=dropout.seed, s=s, y=y)
+    return s, y
+
+
+@planned
+def _forward_plan(
+    x: Kind,
+    weight: Kind,
+    lora_a: Kind,
+    lora_b: tuple[int, ...],
+    bias: tuple[int, ...] | None,
+    stride_s: int,
+    scaling: float,
+    dropout_p: float,
+    device: Device,
+    precision: str,
+) -> Launch:
+    """The forward launch; x, weight and lora_a are kinds, the others strides."""
+    (samples, length, d_in), x_strides, dtype = x
+    (d_out, _), w_strides, _ = weight
+    (rank, _), a_strides, _ = lora_a
+    rows, tile = samples * length, configs.small_tile(dtype, device.arch)
+    return Launch(
+        small_fwd_kernel,
+        (-(-rows // tile.rows) * -(-d_out // tile.cols),),
+        tile,
+        M=rows,
+        T=max(1, length),
+        K=d_in,
+        N=d_out,
+        R=rank,
+        stride_x_n=x_strides[0],
+        stride_x_t=x_strides[1],
+        stride_x_k=x_strides[2],
+        stride_w_n=w_strides[0],
+        stride_w_k=w_strides[1],
+        stride_a_r=a_strides[0],
+        stride_a_k=a_strides[1],
+        stride_b_n=lora_b[0],
+        stride_b_r=lora_b[1],
+        stride_bias=0 if bias is None else bias[0],
+        stride_s=stride_s,
+        SCALING=scaling,
+        **dropout_constants(dropout_p),
+        HAS_BIAS=bias is not None,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.cols,
+        BLOCK_K=tile.inner,
+        BLOCK_R=configs.rank_block(rank),
+        GROUP=configs.GROUP,
+        ACC=accumulator(dtype),
+        PRECISION=precision,
+    )
+
+
+def small_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    s: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    *,
+    dropout: Dropout,
+    base: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """B3 with its dS in one launch, dB and dA in another; see `Kernels`."""
+    device, precision, kinds = device_of(x), input_precision(x.dtype), (kind(dy), kind(lora_a), lora_b.stride())
+    plan = _input_plan(*kinds, kind(weight), base is not None, float(scaling), dropout.p, device, precision)
+    sums = _adapter_plan(*kinds, kind(x), s.stride(0), dropout.p, device, precision)
+    rows, d_in = dy.shape[0] * dy.shape[1], weight.shape[1]
+    ds = dy.new_empty((rows, lora_a.shape[0]))
+    dx = dy.new_empty((rows, d_in)) if base is None else base
+    plan.run(dy.device, dy=dy, w=weight, a=lora_a, b=lora_b, seed=dropout.seed, ds=ds, dx=dx)
+    da, db = lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
+    sums.run(dy.device, dy=dy, x=x, s=s, ds=ds, seed=dropout.seed, db=db, da=da)
+    return dx, da, db
+
+
+@planned
+def _input_plan(
+    dy: Kind,
+    lora_a: Kind,
+    lora_b: tuple[int, ...],
+    weight: Kind,
+    has_base: bool,
+    scaling: float,
+    dropout_p: float,
+    device: Device,
+    precision: str,
+) -> Launch:
+    """The launch of dX and dS."""
+    (samples, length, d_out), dy_strides, dtype = dy
+    (_, d_in), w_strides, _ = weight
+    (rank, _), a_strides, _ = lora_a
+    rows, tile = samples * length, configs.small_tile(dtype, device.arch)
+    return Launch(
+        small_input_bwd_kernel,
+        (-(-rows // tile.rows) * -(-d_in // tile.cols),),
+        tile,
+        M=rows,
+        T=max(1, length),
+        K=d_in,
+        N=d_out,
+        R=rank,
+        stride_dy_n=dy_strides[0],
+        stride_dy_t=dy_strides[1],
+        stride_dy_d=dy_strides[2],
+        stride_w_n=w_strides[0],
+        stride_w_k=w_strides[1],
+        stride_a_r=a_strides[0],
+        stride_a_k=a_strides[1],
+        stride_b_n=lora_b[0],
+        stride_b_r=lora_b[1],
+        SCALING=scaling,
+        **dropout_constants(dropout_p),
+        HAS_BASE=has_base,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.inner,
+        BLOCK_K=tile.cols,
+        BLOCK_R=configs.rank_block(rank),
+        GROUP=configs.GROUP,
+        ACC=accumulator(dtype),
+        PRECISION=precision,
+    )
+
+
+@planned
+def _adapter_plan(
+    dy: Kind,
+    lora_a: Kind,
+    lora_b: tuple[int, ...],
+    x: Kind,
+    stride_s: int,
+    dropout_p: float,
+    device: Device,
+    precision: str,
+) -> Launch:
+    """The launch of dB and dA; lora_b's strides are not read."""
+    (samples, length, d_out), dy_strides, dtype = dy
+    (_, _, d_in), x_strides, _ = x
+    (rank, _), _, _ = lora_a
+    tile = configs.small_sum_tile(dtype, device.arch)
+    n_tiles = -(-d_out // tile.cols)
+    return Launch(
+        small_adapter_bwd_kernel,
+        (n_tiles + -(-d_in // tile.cols),),
+        tile,
+        M=samples * length,
+        T=max(1, length),
+        K=d_in,
+        N=d_out,
+        R=rank,
+        N_TILES=n_tiles,
+        stride_dy_n=dy_strides[0],
+        stride_dy_t=dy_strides[1],
+        stride_dy_d=dy_strides[2],
+        stride_x_n=x_strides[0],
+        stride_x_t=x_strides[1],
+        stride_x_k=x_strides[2],
+        stride_s=stride_s,
+        **dropout_constants(dropout_p),
+        BLOCK=tile.cols,
+        BLOCK_M=tile.inner,
+        BLOCK_R=configs.rank_block(rank),
+        ACC=accumulator(dtype),
+        PRECISION=precision,
+    )
+
+
+def small(rows: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:
+    """Whether `small_forward` and `small_backward` serve a layer of these sizes; see `Kernels`."""
+    m, (n, k) = rows.shape[0] * rows.shape[1], weight.shape
+    return _is_small(m, n, k, rank, rows.dtype, device_of(rows).arch) and not candidates.insisted()
+
+
+@planned
+def _is_small(m: int, n: int, k: int, rank: int, dtype: torch.dtype, arch: str) -> bool:
+    if arch == "cpu" or m > configs.SMALL_ROWS or rank > configs.SMALL_RANK:
+        return False
+    return candidates.small(m, n, k, str(dtype).removeprefix("torch."))
