@@ -44,6 +44,7 @@ class Implementation:
             where there is nothing to be right about. Called just after a forward that was seeded with `check.SEED`.
         checked: what the check runs in place of `forward`.
         limit: at most this multiple of plain torch's error is right.
+        computed_in: dtype of the arithmetic, where that of the leaves is wider.
         prepare: brings shared state into the form that this implementation wants; never timed.
         note: what a reader of the numbers has to know.
     """
@@ -54,6 +55,7 @@ class Implementation:
     expected: Callable[[], tuple[Tensors, Tensors]] | None
     checked: Callable[[], Sequence[torch.Tensor]] | None = None
     limit: float = LIMIT
+    computed_in: torch.dtype | None = None
     prepare: Callable[[], None] = nothing
     note: str = ""
 

@@ -125,8 +125,9 @@ def _step(model: EchoLoRA, batch: dict[str, torch.Tensor], form: str, kind: str,
     limit = OTHERS_LIMIT if kind == "peft" else Implementation.limit
     expected = functools.partial(truth.expected, form == "plain")
     return Implementation(
-        lambda: [forward()], leaves, None, expected, limit=limit, prepare=_preparation(model, form, kind)
-    )
+        lambda: [forward()], leaves, None, expected, limit=limit, computed_in=model.dtype,
+        prepare=_preparation(model, form, kind),
+    )  # fmt: skip
 
 
 def _preparation(model: EchoLoRA, form: str, kind: str) -> Callable[[], None]:

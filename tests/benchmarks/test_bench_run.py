@@ -107,6 +107,20 @@ def test_steps_are_right_and_a_wrong_one_is_found(monkeypatch):
     assert "times plain torch's" in check([wrong]).problem
 
 
+def test_a_single_number_is_judged_in_units_of_what_it_was_computed_in():
+    """A loss of a bfloat16 model with float32 adapters: one draw of an error says little beside another."""
+    leaf = torch.ones(2, requires_grad=True)
+    exact, plain = torch.tensor(3.0, dtype=torch.float64), torch.tensor(3.0 + 1e-5)
+    known = {"y0": plain, "dleaf": torch.ones(2)}, {"y0": exact, "dleaf": torch.ones(2, dtype=torch.float64)}
+
+    def judged(error, dtype):
+        forward = lambda: [leaf.sum() + 1.0 + error]  # noqa: E731
+        return check([Implementation(forward, {"leaf": leaf}, None, lambda: known, computed_in=dtype)]).problem
+
+    assert judged(0.01, torch.bfloat16) is None
+    assert "y0" in judged(0.01, None) and "y0" in judged(0.2, torch.bfloat16)
+
+
 def test_schema_and_files(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command.rates, "measure", lambda *_: tiny_bench().rates)
     flags = "--shape 24x40x32 --method lora --rank 8 --dropout 0 --dtype fp32 bf16 --echo off --rounds 2 --phase forward both"

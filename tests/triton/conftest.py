@@ -27,12 +27,14 @@ def _products_apart(monkeypatch):
     monkeypatch.setattr(triton_kernels, "small", lambda *_: False)
 
 
-@pytest.fixture
-def small(_products_apart, monkeypatch):
-    """Every LoRA layer without an echo is small."""
-    from echolora_kernels.ops.echo_lora_linear import triton_kernels
+@pytest.fixture(params=[True, False], ids=["one launch", "few launches"])
+def small(_products_apart, monkeypatch, request):
+    """Every LoRA layer without an echo is small; whether so small that one launch is enough."""
+    from echolora_kernels.ops.echo_lora_linear import triton_kernels, triton_small_launch
 
     monkeypatch.setattr(triton_kernels, "small", lambda *_: True)
+    monkeypatch.setattr(triton_small_launch, "_in_one", lambda *_: request.param)
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -59,7 +59,7 @@ def test_small_layers_as_exact_as_torch(small, launches, dtype, r, sizes):
     n, t, d_in, d_out = sizes
     case, exact = rounded(make(n=n, t=t, d_in=d_in, d_out=d_out, r=r, bias=False), dtype)
     got = case.results("triton")
-    assert all(name.startswith("small") for name in launches), launches
+    assert launches[-1].startswith("small") and len(launches) == (3 if small else 5), launches
     ratios = error_ratios(got, case.results("reference"), exact.results("reference"))
     assert max(max(pair) for pair in ratios.values()) <= RATIO, ratios
 

@@ -125,9 +125,9 @@ def _rule(problem: Problem, can: tuple[str, ...]) -> tuple[str, str]:
     return can[1], "no measurement near: the vendor's GEMM is the safe choice"
 
 
-def small(m: int, n: int, k: int, dtype: str) -> bool:
-    """Whether a GPU is done with a product of these sizes before the host has started another: some 10 microseconds."""
-    return m * n * k < (2**31 if dtype in ("bfloat16", "float16") else 2**27)
+def small(m: int, n: int, k: int, dtype: str, launches: int = 1) -> bool:
+    """Whether a GPU is done with a product of these sizes before the host has launched so many: some 10 us each."""
+    return m * n * k < launches * (2**31 if dtype in ("bfloat16", "float16") else 2**27)
 
 
 def _fits(entry: Entry, problem: Problem) -> bool:

@@ -168,7 +168,7 @@ class Kernels(Protocol):
         """All gradients of a layer that is `small`.
 
         Args:
-            s: [M, r], unit stride, as `small_forward` or `shrink` left it.
+            s: [M, r], unit stride, as `small_forward` or `shrink` left it. dropout: as they got it.
             base: [M, K], contiguous, to add dX to, in place: that of other projections of the same input.
 
         Returns:

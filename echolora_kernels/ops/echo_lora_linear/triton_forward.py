@@ -36,6 +36,7 @@ def shrink_fwd_kernel(
     stride_delta_d,
     stride_mask_n,
     stride_mask_t,
+    stride_s,
     SCALING: tl.constexpr,
     DROPOUT: tl.constexpr,
     DROP_BELOW: tl.constexpr,
@@ -85,7 +86,7 @@ def shrink_fwd_kernel(
         m_s = m_m[:, None] & m_r[None, :]
         b_delta = tl.load(p_delta[:, None] + o_r[None, :].to(tl.int64) * stride_delta_d, mask=m_s, other=0.0).to(ACC)
         b_s += b_mask[:, None] * b_delta
-    p_s = s + (i_split.to(tl.int64) * M + o_m)[:, None] * R + o_r[None, :]
+    p_s = s + (i_split.to(tl.int64) * M + o_m)[:, None] * stride_s + o_r[None, :]
     tl.store(p_s, (b_s * SCALING).to(s.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
 
 

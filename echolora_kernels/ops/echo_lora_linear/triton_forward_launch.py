@@ -34,6 +34,7 @@ def shrink(
     site: str = "none",
     delta: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
@@ -47,17 +48,21 @@ def shrink(
         gain: [K] or None, a factor on the columns of a.
         site: "adapter_input" adds mask * delta to drop(x), "rank" adds it to the product, "none" does neither.
         delta, mask: the echo, [n, K] or [n, r], and [n, T].
+        out: where S goes, unit stride; for splits = 1. None makes it.
         tile, splits: launch config, and how many programs share one row's contraction; None chooses.
 
     Returns:
-        S, [n * T, r], in x's dtype, contiguous.
+        S, [n * T, r], in x's dtype, contiguous but for `out`.
     """
     plan, splits = _shrink_plan(
-        kind(x), kind(a), strides(gain), strides(delta), strides(mask), float(scaling), dropout.p, site, tile, splits,
-        device_of(x), input_precision(x.dtype),
+        kind(x), kind(a), strides(gain), strides(delta), strides(mask), None if out is None else out.stride(0),
+        float(scaling), dropout.p, site, tile, splits, device_of(x), input_precision(x.dtype),
     )  # fmt: skip
-    out_dtype = x.dtype if splits == 1 else accumulator_dtype(x.dtype)
-    s = x.new_empty((splits, x.shape[0] * x.shape[1], a.shape[0]), dtype=out_dtype)
+    if splits == 1:
+        s = x.new_empty((x.shape[0] * x.shape[1], a.shape[0])) if out is None else out
+        plan.run(x.device, x=x, a=a, gain=gain, delta=delta, mask=mask, seed=dropout.seed, s=s)
+        return s
+    s = x.new_empty((splits, x.shape[0] * x.shape[1], a.shape[0]), dtype=accumulator_dtype(x.dtype))
     plan.run(x.device, x=x, a=a, gain=gain, delta=delta, mask=mask, seed=dropout.seed, s=s)
     return reduce_partials(s).to(x.dtype)
 
@@ -69,6 +74,7 @@ def _shrink_plan(
     gain: tuple[int, ...] | None,
     delta: tuple[int, ...] | None,
     mask: tuple[int, ...] | None,
+    stride_s: int | None,
     scaling: float,
     dropout_p: float,
     site: str,
@@ -101,6 +107,7 @@ def _shrink_plan(
         stride_a_k=a_strides[1],
         stride_gain=0 if gain is None else gain[0],
         **echo_strides(delta, mask),
+        stride_s=stride_s or rank,
         SCALING=scaling,
         **dropout_constants(dropout_p),
         HAS_GAIN=gain is not None,

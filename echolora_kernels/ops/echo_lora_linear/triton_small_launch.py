@@ -1,4 +1,4 @@
-"""Launchers of the kernels of small layers, and which layers are small."""
+"""Small layers, which a GPU is done with before the host has launched what others take: the fewest launches."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from .launch import (
     planned,
     strides,
 )
+from .rows import add_product, flat
+from .triton_backward_launch import input_backward
+from .triton_forward_launch import shrink
+from .triton_products import input_product, linear_product
 from .triton_small import small_adapter_bwd_kernel, small_fwd_kernel, small_input_bwd_kernel
 
 
@@ -33,7 +37,14 @@ def small_forward(
     shape: tuple[int, ...],
     s: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """F1 and F2 in one launch; see `Kernels`."""
+    """F1 and F2, in one launch where that is no slower on the GPU either; see `Kernels`."""
+    if not _in_one(x, weight):
+        s = shrink(x, lora_a, scaling, dropout=dropout, out=s, splits=1)
+        y, _ = linear_product(
+            x, weight, s, lora_b, bias=bias, gain=None, delta=None, mask=None, dropout=dropout, store_z=False,
+            shape=shape,
+        )  # fmt: skip
+        return s, y
     if s is None:
         s = x.new_empty((x.shape[0] * x.shape[1], lora_a.shape[0]))
     plan = _forward_plan(
@@ -108,17 +119,43 @@ def small_backward(
     dropout: Dropout,
     base: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """B3 with its dS in one launch, dB and dA in another; see `Kernels`."""
-    device, precision, kinds = device_of(x), input_precision(x.dtype), (kind(dy), kind(lora_a), lora_b.stride())
-    plan = _input_plan(*kinds, kind(weight), base is not None, float(scaling), dropout.p, device, precision)
-    sums = _adapter_plan(*kinds, kind(x), s.stride(0), dropout.p, device, precision)
-    rows, d_in = dy.shape[0] * dy.shape[1], weight.shape[1]
-    ds = dy.new_empty((rows, lora_a.shape[0]))
-    dx = dy.new_empty((rows, d_in)) if base is None else base
-    plan.run(dy.device, dy=dy, w=weight, a=lora_a, b=lora_b, seed=dropout.seed, ds=ds, dx=dx)
+    """dS and B3, in one launch where F1 and F2 are, then dB and dA in one; see `Kernels`."""
+    if _in_one(dy, weight):
+        dx, ds = _input_backward(dy, weight, lora_a, lora_b, scaling, dropout, base)
+    else:
+        ds = shrink(dy, lora_b.t(), scaling, dropout=Dropout(), splits=1)
+        if base is None:
+            dx = input_product(dy, weight, ds, lora_a, dropout=dropout, gain=None)
+        else:
+            input_backward(dy, weight, ds, lora_a, dropout=dropout, contract=False, base=base)
+            dx = add_product(base, flat(dy), weight, None)
+    plan = _adapter_plan(
+        kind(dy), lora_a.shape[0], kind(x), s.stride(0), dropout.p, device_of(x), input_precision(x.dtype)
+    )  # fmt: skip
     da, db = lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
-    sums.run(dy.device, dy=dy, x=x, s=s, ds=ds, seed=dropout.seed, db=db, da=da)
+    plan.run(dy.device, dy=dy, x=x, s=s, ds=ds, seed=dropout.seed, db=db, da=da)
     return dx, da, db
+
+
+def _input_backward(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    dropout: Dropout,
+    base: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dX and dS in one launch."""
+    plan = _input_plan(
+        kind(dy), kind(lora_a), lora_b.stride(), kind(weight), base is not None, float(scaling), dropout.p,
+        device_of(dy), input_precision(dy.dtype),
+    )  # fmt: skip
+    rows = dy.shape[0] * dy.shape[1]
+    ds = dy.new_empty((rows, lora_a.shape[0]))
+    dx = dy.new_empty((rows, weight.shape[1])) if base is None else base
+    plan.run(dy.device, dy=dy, w=weight, a=lora_a, b=lora_b, seed=dropout.seed, ds=ds, dx=dx)
+    return dx, ds
 
 
 @planned
@@ -172,18 +209,16 @@ def _input_plan(
 @planned
 def _adapter_plan(
     dy: Kind,
-    lora_a: Kind,
-    lora_b: tuple[int, ...],
+    rank: int,
     x: Kind,
     stride_s: int,
     dropout_p: float,
     device: Device,
     precision: str,
 ) -> Launch:
-    """The launch of dB and dA; lora_b's strides are not read."""
+    """The launch of dB and dA."""
     (samples, length, d_out), dy_strides, dtype = dy
     (_, _, d_in), x_strides, _ = x
-    (rank, _), _, _ = lora_a
     tile = configs.small_sum_tile(dtype, device.arch)
     n_tiles = -(-d_out // tile.cols)
     return Launch(
@@ -213,13 +248,23 @@ def _adapter_plan(
 
 
 def small(rows: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:
-    """Whether `small_forward` and `small_backward` serve a layer of these sizes; see `Kernels`."""
+    """Whether a LoRA layer of these sizes is small; see `Kernels`."""
     m, (n, k) = rows.shape[0] * rows.shape[1], weight.shape
     return _is_small(m, n, k, rank, rows.dtype, device_of(rows).arch) and not candidates.insisted()
 
 
 @planned
 def _is_small(m: int, n: int, k: int, rank: int, dtype: torch.dtype, arch: str) -> bool:
+    # one program adds up all rows, and every program sums a whole rank
     if arch == "cpu" or m > configs.SMALL_ROWS or rank > configs.SMALL_RANK:
         return False
+    return candidates.small(m, n, k, str(dtype).removeprefix("torch."), configs.SMALL_LAUNCHES)
+
+
+def _in_one(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    return _is_tiny(rows.shape[0] * rows.shape[1], *weight.shape, rows.dtype)
+
+
+@planned
+def _is_tiny(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
     return candidates.small(m, n, k, str(dtype).removeprefix("torch."))
