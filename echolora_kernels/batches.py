@@ -13,7 +13,16 @@ from .ops.echo_distillation import IGNORE_INDEX
 
 __all__ = ["EchoDataCollator", "PromptLengthSampler"]
 
+# keys at which cuDNN's attention, given a mask, has NaN for a gradient of rows that see next to nothing: torch 2.11 to
+# 2.13 on Hopper GPUs, https://github.com/pytorch/pytorch/issues/196678
+_BAD_WIDTH = 64, 128  # remainder, divisor
 _SAYS_THE_ANSWER = ("labels", "prompt_length", "completion_mask")
+
+
+def columns_to_add(*widths: int) -> int:
+    """The fewest columns of padding with which attention over any of these widths has a gradient, see `_BAD_WIDTH`."""
+    remainder, divisor = _BAD_WIDTH
+    return next(n for n in range(len(widths) + 1) if all((width + n) % divisor != remainder for width in widths))
 
 
 class EchoDataCollator:
@@ -24,7 +33,8 @@ class EchoDataCollator:
 
     Args:
         pad_token_id: what padding holds; nothing attends to it.
-        pad_to_multiple_of: widths are rounded up to a multiple of this, or not at all.
+        pad_to_multiple_of: widths are rounded up to a multiple of this. None: the longest sample's, or one more where
+            torch's attention has no gradient on some GPUs (64, 192, 320, ...).
 
     Raises:
         ValueError: pad_to_multiple_of is not at least 1.
@@ -52,8 +62,11 @@ class EchoDataCollator:
         if not features:
             raise ValueError("features: got none, wants at least one sample")
         rows = [_row(index, feature) for index, feature in enumerate(features)]
-        multiple = self.pad_to_multiple_of or 1
-        width = -(-max(len(ids) for ids, _, _ in rows) // multiple) * multiple
+        width = max(len(ids) for ids, _, _ in rows)
+        if self.pad_to_multiple_of is None:
+            width += columns_to_add(width)
+        else:
+            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
         batch = {
             "input_ids": torch.full((len(rows), width), self.pad_token_id),
             "attention_mask": torch.zeros((len(rows), width), dtype=torch.int64),

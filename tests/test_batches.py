@@ -8,6 +8,7 @@ from tiny import always_on, echo_model
 from torch.utils.data import DataLoader
 
 from echolora_kernels import EchoDataCollator, PromptLengthSampler
+from echolora_kernels.batches import columns_to_add
 
 IDS = [[5, 6, 7, 8], [9, 10]]
 BATCH = {
@@ -109,3 +110,13 @@ def test_in_a_data_loader():
         model(**batch).loss.backward()
         widths.append(batch["input_ids"].shape[1])
     assert sorted(widths) == [4, 6, 8]
+
+
+def test_a_width_without_a_gradient_on_some_gpus_is_left_out():
+    """64 (mod 128), unless it is asked for."""
+    widths = {
+        n: EchoDataCollator(0)([{"input_ids": [1] * n, "prompt_length": 5}])["labels"].shape[1] for n in (64, 128, 192)
+    }
+    assert widths == {64: 65, 128: 128, 192: 193}
+    assert EchoDataCollator(0, 64)([{"input_ids": [1] * 60, "prompt_length": 5}])["labels"].shape[1] == 64
+    assert [columns_to_add(*each) for each in ((63, 70), (64, 63), (64, 63, 62), (320,))] == [0, 2, 3, 1]

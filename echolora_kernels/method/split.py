@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
+from ..batches import columns_to_add
 from ..ops.echo_distillation import IGNORE_INDEX
 
 
@@ -26,6 +28,10 @@ class Part:
     @property
     def width(self) -> int:
         return self.ids.shape[1]
+
+    def behind_padding(self, columns: int) -> Part:
+        """With so many more columns on the left, none of which is real."""
+        return Part(*(F.pad(tensor, (columns, 0)) for tensor in (self.ids, self.mask, self.positions)))
 
     def without_last(self) -> Part:
         """All columns but the last."""
@@ -76,6 +82,10 @@ def split(
     last = (supervised * column).amax(dim=1, keepdim=True) - 1
     prompt = _gather(input_ids, real & (column <= b), left=True)
     answer = _gather(input_ids, real & (column >= b) & ((column <= last) | (column == b)), left=False)
+    # the steps attend to the prompt, and to it before one or two answers in place of its last column
+    before = prompt.width - 1
+    added = columns_to_add(prompt.width, before + answer.width, before + 2 * answer.width)
+    prompt = prompt.behind_padding(added) if added else prompt
     following = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE_INDEX)], dim=1)
     targets = following.gather(1, answer.positions).masked_fill(~answer.mask, IGNORE_INDEX)
     injected = supervised.gather(1, answer.positions) & answer.mask

@@ -104,6 +104,24 @@ def test_every_choice_of_the_method(form, kind, choices):
         assert_same_step(form, model, batch())
 
 
+@pytest.mark.parametrize("lengths", [(64, 5), (60, 5), (55, 5), (192, 7)], ids=str)
+@FORMS
+def test_widths_without_a_gradient_on_some_gpus_are_left_out(monkeypatch, form, lengths):
+    """cuDNN's attention with a mask over 64 (mod 128) keys has NaN for one: prompts, and they with one or two answers."""
+    keys, attention = [], nn.functional.scaled_dot_product_attention
+
+    def recorded(query, key, value, attn_mask=None, **options):
+        keys.extend([key.shape[2]] if attn_mask is not None else [])
+        return attention(query, key, value, attn_mask=attn_mask, **options)
+
+    torch.manual_seed(0)
+    model = echo_model()
+    assert_same_step(form, model, pad([sample(*lengths), sample(9, 3)]))
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", recorded)
+    step(model, form, pad([sample(*lengths), sample(9, 3)]))
+    assert keys and all(width % 128 != 64 for width in keys), sorted(set(keys))
+
+
 @pytest.mark.parametrize("lengths", [
     [(1, 1)], [(1, 5), (1, 2)], [(12, 1), (1, 9)], [(7, 7)], [(3, 2), (3, 2), (3, 2)],
 ], ids=str)  # fmt: skip

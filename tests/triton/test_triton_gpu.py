@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from linear_cases import SITES, error_ratios
 from triton_cases import make
 
 from echolora_kernels.functional import echo_lora_linear
+from echolora_kernels.verification.trials import Errors
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-RATIO = 1.5
+RATIO, DRAWS = 1.5, 4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -27,6 +29,18 @@ def rounded(case, dtype):
     """The case in `dtype`, and the same rounded numbers in float64."""
     narrow = case.to(dtype)
     return narrow, narrow.to(torch.float64)
+
+
+def assert_as_exact(dtype, **sizes):
+    """The largest error of a short vector in one draw is a matter of luck: those of all draws count."""
+    pooled = defaultdict(Errors)
+    for _ in range(DRAWS):
+        case, exact = rounded(make(**sizes), dtype)
+        got, plain, exact = case.results("triton"), case.results("reference"), exact.results("reference")
+        for name, value in exact.items():
+            pooled[name].add(got[name], plain[name], value)
+    ratios = {name: errors.ratios() for name, errors in pooled.items()}
+    assert max(max(pair) for pair in ratios.values()) <= RATIO, sorted(ratios.items(), key=lambda item: -max(item[1]))
 
 
 def insist(monkeypatch, candidate):
@@ -47,9 +61,7 @@ def insist(monkeypatch, candidate):
 def test_as_exact_as_torch(monkeypatch, candidate, dtype, dora, site, r):
     """Largest and rms error of y and every gradient: at most 1.5 times plain torch's, both against float64."""
     insist(monkeypatch, candidate)
-    case, exact = rounded(make(n=4, t=250, d_in=1000, d_out=776, r=r, site=site, dora=dora), dtype)
-    ratios = error_ratios(case.results("triton"), case.results("reference"), exact.results("reference"))
-    assert max(max(pair) for pair in ratios.values()) <= RATIO, ratios
+    assert_as_exact(dtype, n=4, t=250, d_in=1000, d_out=776, r=r, site=site, dora=dora)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,11 +69,8 @@ def test_as_exact_as_torch(monkeypatch, candidate, dtype, dora, site, r):
 @pytest.mark.parametrize("sizes", [(4, 250, 1000, 776), (3, 131, 576, 192), (2, 1024, 264, 512)])
 def test_small_layers_as_exact_as_torch(small, launches, dtype, r, sizes):
     n, t, d_in, d_out = sizes
-    case, exact = rounded(make(n=n, t=t, d_in=d_in, d_out=d_out, r=r, bias=False), dtype)
-    got = case.results("triton")
-    assert launches[-1].startswith("small") and len(launches) == (3 if small else 5), launches
-    ratios = error_ratios(got, case.results("reference"), exact.results("reference"))
-    assert max(max(pair) for pair in ratios.values()) <= RATIO, ratios
+    assert_as_exact(dtype, n=n, t=t, d_in=d_in, d_out=d_out, r=r, bias=False)
+    assert launches[-1].startswith("small") and len(launches) == DRAWS * (3 if small else 5), launches
 
 
 def test_small_layers_drop_what_other_layers_drop(monkeypatch):
