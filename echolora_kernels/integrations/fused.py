@@ -72,20 +72,21 @@ def why_not_layer(module: Any) -> str | None:
         return why_not_quantised(module)
     if type(module).forward is not lora_layers.Linear.forward:
         return f"PEFT's {type(module).__name__} is not its plain Linear"
-    base = module.base_layer
+    base = module._modules["base_layer"]
     if type(base) is not nn.Linear:
         return f"the base layer is a {type(base).__name__}, not a plain Linear"
     if module.fan_in_fan_out:
         return "the weight is transposed (fan_in_fan_out)"
-    if not base.weight.is_floating_point() or _is_quantised(base.weight):
-        return f"the weight is quantised ({type(base.weight).__name__}, {base.weight.dtype})"
+    weight = base.weight
+    if not weight.is_floating_point() or _is_quantised(weight):
+        return f"the weight is quantised ({type(weight).__name__}, {weight.dtype})"
     return "the base layer has hooks or a replaced forward" if _is_hooked(base) else None
 
 
 def why_not_adapter(module: Any, name: str) -> str | None:
     """Why one adapter of a layer that can be fused is left to PEFT."""
-    variant, dropout = module.lora_variant.get(name), module.lora_dropout[name]
-    a, b = module.lora_A[name], module.lora_B[name]
+    variant, dropout = module.lora_variant.get(name), _part(module, "lora_dropout", name)
+    a, b = _part(module, "lora_A", name), _part(module, "lora_B", name)
     if variant is not None and type(variant) is not DoraLinearVariant:
         return f"the variant {type(variant).__name__} is neither plain LoRA nor DoRA"
     if type(a) is not nn.Linear or type(b) is not nn.Linear or type(dropout) not in (nn.Dropout, nn.Identity):
@@ -93,8 +94,9 @@ def why_not_adapter(module: Any, name: str) -> str | None:
     if module.r[name] > MAX_RANK:
         return f"rank {module.r[name]} is above {MAX_RANK}"
     apart = is_quantised(module)  # then a lora_bias is added by itself, in whatever dtype
-    if b.bias is not None and (variant is not None or not (apart or b.bias.dtype == module.base_layer.weight.dtype)):
-        return f"a lora_bias in {b.bias.dtype} cannot be added to a bias in {module.base_layer.weight.dtype}"
+    bias = b.bias
+    if bias is not None and (variant is not None or not (apart or bias.dtype == module.base_layer.weight.dtype)):
+        return f"a lora_bias in {bias.dtype} cannot be added to a bias in {module.base_layer.weight.dtype}"
     if isinstance(module.scaling[name], torch.Tensor):  # may change without a new compilation
         return "its scaling is a tensor, which adapters swapped under torch.compile have"
     if getattr(dropout, "p", 0.0) >= 1.0:
@@ -104,13 +106,19 @@ def why_not_adapter(module: Any, name: str) -> str | None:
     return why_not_quantised_adapter(module, name) if apart else None
 
 
+def _part(module: Any, kind: str, name: str) -> Any:
+    """What `module.KIND[name]` is; nn.Module's own way there takes microseconds, many times a call."""
+    return module._modules[kind]._modules[name]
+
+
 def only_adapter(module: Any) -> str | None:
     """The adapter whose update our operators can compute in this call; None where PEFT has to."""
     if module.disable_adapters or module.merged or why_not_layer(module) is not None:
         return None
     if torch.jit.is_tracing() or forward_ad._current_level >= 0:  # kernels cannot be seen into
         return None
-    active = [name for name in module.active_adapters if name in module.lora_A]
+    adapters = module._modules["lora_A"]._modules
+    active = [name for name in module.active_adapters if name in adapters]
     return active[0] if len(active) == 1 and why_not_adapter(module, active[0]) is None else None
 
 
@@ -119,10 +127,11 @@ def operator_arguments(module: Any, x: torch.Tensor) -> dict[str, Any] | None:
     name = only_adapter(module)
     if name is None or is_quantised(module):
         return None
-    weight, bias = module.base_layer.weight, module.base_layer.bias
-    lora_a, lora_b, lora_bias = module.lora_A[name].weight, module.lora_B[name].weight, module.lora_B[name].bias
-    scaling, dropout = module.scaling[name], module.lora_dropout[name]
-    magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_variant else None
+    base, up = module._modules["base_layer"], _part(module, "lora_B", name)
+    weight, bias, lora_b, lora_bias = base.weight, base.bias, up.weight, up.bias
+    lora_a = _part(module, "lora_A", name).weight
+    scaling, dropout = module.scaling[name], _part(module, "lora_dropout", name)
+    magnitude = _part(module, "lora_magnitude_vector", name).weight if name in module.lora_variant else None
     dropped = dropout.training and (magnitude is None or module.training)  # as PEFT: DoRA looks at the layer too
     dropout_p = getattr(dropout, "p", 0.0) if dropped else 0.0
     tensors = [t for t in (x, weight, bias, lora_a, lora_b, magnitude) if t is not None]
