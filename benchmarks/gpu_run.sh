@@ -209,6 +209,12 @@ if wanted layers; then
         bench layers-compiled "$(box 8)" "${USUAL[@]}" --part q --method lora --rank 16 --dropout 0 --implementations 'ours*' peft-compiled
         bench layers-more "$(box 5)" "${USUAL[@]}" --part q qkv --rank 16 64 --dropout 0.1 --implementations 'ours*' peft-bf16 addmm
     fi
+    if has peft; then
+        [[ $DRY == 1 ]] && TINY=(--shape 32x64x48 --calls 20) || TINY=()
+        job host "$(box 10)" "$PYTHON" benchmarks/gpu/host.py "${TINY[@]}"
+    else
+        note host "skipped: peft is not installed" 0 ''
+    fi
     pack
 fi
 if wanted step; then

@@ -62,3 +62,13 @@ def test_a_part_is_stopped_by_its_box(tmp_path):
     python.chmod(0o755)
     done = run("--dry", "--no-build", "--output", tmp_path, "--python", python, "--part", "smoke", "--minutes", "0.5")
     assert done.returncode == 0 and "stopped after 11 s" in done.stdout, done.stdout + done.stderr
+
+
+def test_what_a_layer_takes_of_the_host():
+    """A line for the frozen linear, PEFT's and ours, with times."""
+    command = [sys.executable, ROOT / "benchmarks" / "gpu" / "host.py", "--shape", "16x32x24", "--calls", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert [row[1].partition(",")[0] for row in rows][:3] == ["frozen", "PEFT", "fused"]
+    assert all(0 < float(row[2]) <= float(row[3]) for row in rows)

@@ -31,7 +31,7 @@ def counts(logs: Path) -> Iterator[str]:
             yield from (f"  {log.stem}: {line}" for line in lines if line.startswith("---") and "status 0" not in line)
         elif log.stem.startswith(("tests", "sanitizer")):
             yield from (f"  {log.stem}: {line.strip('= ')}" for line in lines[-1:])
-        elif log.stem.startswith("accuracy"):
+        elif log.stem.startswith(("accuracy", "host")):
             yield from (f"  {log.stem}: {line}" for line in lines if line.startswith(("ok ", "FAILED ", "| ")))
 
 
