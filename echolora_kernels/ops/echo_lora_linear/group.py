@@ -191,7 +191,7 @@ def _forward(
 
 
 def _small(kernels: Kernels, rows: torch.Tensor, p: Projection) -> bool:
-    """Whether these kernels have one launch for all that this projection's forward pass computes."""
+    """Whether `small_forward` computes all that this projection's forward pass has."""
     return p.magnitude is None and p.echo is None and kernels.small(rows, p.weight, len(p.lora_a))
 
 

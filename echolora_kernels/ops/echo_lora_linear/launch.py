@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -53,13 +54,9 @@ class Launch:
 
     def run(self, device: torch.device, **tensors: torch.Tensor | None) -> None:
         """Launch on `device`'s current stream; nothing happens where the grid is empty."""
-        if 0 in self._grid:
-            return
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
+        if 0 not in self._grid:
+            with _on(device):
                 self._run(device, tensors)
-        else:
-            self._run(device, tensors)
 
     def arguments(self, tensors: Mapping[str, torch.Tensor | None]) -> dict[str, Any]:
         """All that the kernel takes, by name."""
@@ -95,6 +92,12 @@ class Launch:
         )  # fmt: skip
 
 
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """On `device`, where launches are not there already."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
+
+
 @functools.cache
 def _stream() -> Callable[[int], int]:
     """What tells the current stream of a device."""
@@ -124,13 +127,9 @@ def strides(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
 
 def run(kernel: Any, grid: Sequence[int], device: torch.device, tile: Tile, **arguments: Any) -> None:
     """Launch `kernel` on `device`'s current stream; nothing happens where the grid is empty."""
-    if 0 in grid:
-        return
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
+    if 0 not in grid:
+        with _on(device):
             kernel[tuple(grid)](**arguments, **options(tile))
-    else:
-        kernel[tuple(grid)](**arguments, **options(tile))
 
 
 def echo_strides(delta: tuple[int, ...] | None, mask: tuple[int, ...] | None) -> dict[str, int]:
