@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import write_text
 from .run import Row
 
 _WIDE = 0.2  # of the median
@@ -45,9 +46,7 @@ def write(rows: Sequence[Row], environment: dict[str, str], folder: Path) -> Non
     writer.writerows(dataclasses.astuple(row) for row in rows)
     content = {"environment": environment, "rows": [dataclasses.asdict(row) for row in rows]}
     for path, text in zip(files(folder), (table.getvalue(), json.dumps(content, indent=1) + "\n"), strict=True):
-        unfinished = path.with_name(path.name + ".new")
-        unfinished.write_text(text)
-        unfinished.replace(path)
+        write_text(path, text)
 
 
 def lines_of(rows: Sequence[Row], roofline: bool = False) -> list[list[str]]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from .. import __version__
 from ..errors import CheckpointError
+from ..files import write_text
 from ..integrations.fuse import fuse, unfuse
 from ..integrations.saving import replacing, want_writable
 from ..integrations.transformers import load_model
@@ -239,10 +240,8 @@ def reload_difference(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write beside and rename into place."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n")
-    unfinished.replace(path)
+    """The whole file, or what was there before."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _device(name: str) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text
 from ..ops.echo_lora_linear.candidates import Entry, read_table
 from .select import Result
 
@@ -56,18 +54,5 @@ def write(path: Path, device_name: str, rows: list[Row]) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"  {json.dumps(each)}" for each in rows)
-    text = f'{{"device": {json.dumps(device_name)}, "entries": [\n{lines}\n]}}\n'
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # as any other file, not for this user alone
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+    write_text(path, f'{{"device": {json.dumps(device_name)}, "entries": [\n{lines}\n]}}\n')
