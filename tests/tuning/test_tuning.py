@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_the_old_table(tmp_path, monkeypatch, broken):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(table.os, broken, full)
+    monkeypatch.setattr(os, broken, full)
     with pytest.raises(OSError, match="No space left"):
         table.write(path, "a", [{"more": 1}])
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
