@@ -1,6 +1,7 @@
 """`echolora tune`: what it offers, picks, writes and refuses. Times mean nothing here; everything else does."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
