@@ -13,8 +13,8 @@ from .ops.echo_distillation import IGNORE_INDEX
 
 __all__ = ["EchoDataCollator", "PromptLengthSampler"]
 
-# keys at which cuDNN's attention, given a mask, has NaN for a gradient of rows that see next to nothing: torch 2.11 to
-# 2.13 on Hopper GPUs, https://github.com/pytorch/pytorch/issues/196678
+# keys at which cuDNN's attention, given a mask, has NaN for a gradient where a row's scores are low, as those of padding
+# that sees nothing: torch 2.11 to 2.13 on Hopper GPUs, https://github.com/pytorch/pytorch/issues/196678
 _BAD_WIDTH = 64, 128  # remainder, divisor
 _SAYS_THE_ANSWER = ("labels", "prompt_length", "completion_mask")
 
@@ -33,8 +33,8 @@ class EchoDataCollator:
 
     Args:
         pad_token_id: what padding holds; nothing attends to it.
-        pad_to_multiple_of: widths are rounded up to a multiple of this. None: the longest sample's, or one more where
-            torch's attention has no gradient on some GPUs (64, 192, 320, ...).
+        pad_to_multiple_of: widths are rounded up to a multiple of this, or to the longest sample; and on to the next one
+            where torch's attention has no gradient on some GPUs (64, 192, 320, ...).
 
     Raises:
         ValueError: pad_to_multiple_of is not at least 1.
@@ -62,11 +62,10 @@ class EchoDataCollator:
         if not features:
             raise ValueError("features: got none, wants at least one sample")
         rows = [_row(index, feature) for index, feature in enumerate(features)]
-        width = max(len(ids) for ids, _, _ in rows)
-        if self.pad_to_multiple_of is None:
-            width += columns_to_add(width)
-        else:
-            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        multiple = self.pad_to_multiple_of or 1
+        width = -(-max(len(ids) for ids, _, _ in rows) // multiple) * multiple
+        while columns_to_add(width):
+            width += multiple
         batch = {
             "input_ids": torch.full((len(rows), width), self.pad_token_id),
             "attention_mask": torch.zeros((len(rows), width), dtype=torch.int64),

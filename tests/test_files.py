@@ -11,8 +11,14 @@ def test_a_new_file_and_a_replaced_one(tmp_path):
     path = tmp_path / "new" / "file.json"
     for text in ("one\n", "two\r\n"):
         write_text(path, text)
-        assert path.read_bytes() == text.encode() and path.stat().st_mode & 0o777 == 0o644
+        assert path.read_bytes() == text.encode()
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_who_may_read_it_is_as_for_any_other_file(tmp_path):
+    (tmp_path / "other").write_text("")
+    write_text(tmp_path / "file", "")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..ops.echo_lora_linear import configs
-from ..ops.echo_lora_linear.candidates import Choice, Problem, choose, possible, small
+from ..ops.echo_lora_linear.candidates import Choice, Problem, brief, choose, possible
 from ..ops.echo_lora_linear.configs import Device, Tile
 from ..verification.trials import LIMIT, Errors
 
@@ -42,8 +42,8 @@ def by_rule(problem: Problem, device: Device) -> Way:
     """What runs without a table."""
     candidate = choose(problem).candidate
     rows, cols = problem.m, problem.n if problem.product == "forward" else problem.k
-    is_small = small(problem.m, problem.n, problem.k, problem.dtype)
-    if candidate == "fused" and _describable(problem, device.arch) and not is_small:
+    is_brief = brief(problem.m, problem.n, problem.k, problem.dtype)
+    if candidate == "fused" and _describable(problem, device.arch) and not is_brief:
         kernel = "descriptor"
         tile = configs.descriptor_tile(rows, cols, problem.rank, _dtype(problem), device, rich=problem.dora)
     else:

@@ -41,6 +41,8 @@ def checks(quick: bool, small: bool) -> list[Check]:
 # small results have at least 70 numbers in four draws: see `Errors`
 _SHAPES = ((15, 12, 150, 141, 12), (8, 16, 192, 128, 40))  # the second is never "small" for Triton
 _SMALL_SHAPES = ((15, 6, 75, 70, 12),)
+# where nothing is interpreted: in float32 longer than a launch takes, so that "small" is several launches
+_MIDDLE = {False: ((4, 128, 640, 520, 16),), True: ()}
 _QUICK = {(None, False, 0.0), ("output", False, 0.1), ("rank", True, 0.1), ("adapter_input", True, 0.0)}
 
 
@@ -59,6 +61,12 @@ def _linears(small: bool) -> Iterator[Check]:
             linears, n=n, t=t, d_in=d_in, members=[Member(d_out, r, site, dora)], dropout_p=p, dora_dropout=mode
         )
         yield Check("echo_lora_linear", text, f"[{n}, {t}, {d_in}] to {d_out}, rank {r}", 4, make, quick)
+    # what most training is, and has kernels of its own where a layer is small
+    for (n, t, d_in, d_out, r), p in itertools.product((shapes[0], *_MIDDLE[small]), (0.0, 0.1)):
+        member = Member(d_out, r, bias=False)
+        make = functools.partial(linears, n=n, t=t, d_in=d_in, members=[member], dropout_p=p)
+        text, quick = "LoRA, no bias" + _dropout(p), n == shapes[0][0] and p > 0
+        yield Check("echo_lora_linear", text, f"[{n}, {t}, {d_in}] to {d_out}, rank {r}", 4, make, quick)
 
 
 def _groups(small: bool) -> Iterator[Check]:
@@ -66,6 +74,7 @@ def _groups(small: bool) -> Iterator[Check]:
     widths = (70, 48, 33) if small else (141, 96, 65)
     kinds = {
         "LoRA": ((None, False),) * 3,
+        "LoRA, no bias": ((None, False),) * 3,
         "LoRA, echo at output": (("output", False),) * 3,
         "DoRA": ((None, True),) * 3,
         "LoRA and DoRA, echo at rank, output and adapter_input": (
@@ -75,15 +84,16 @@ def _groups(small: bool) -> Iterator[Check]:
         ),
     }
     for (text, kind), p in itertools.product(kinds.items(), (0.0, 0.1)):
+        biases = (False,) * 3 if "no bias" in text else (True, False, True)
         members = [
             Member(width, r, site, dora, bias, scaling)
             for (site, dora), width, r, bias, scaling in zip(
-                kind, widths, (12, 8, 16), (True, False, True), (0.5, 0.8, 1.1), strict=True
+                kind, widths, (12, 8, 16), biases, (0.5, 0.8, 1.1), strict=True
             )
         ]
         make = functools.partial(linears, n=n, t=t, d_in=d_in, members=members, dropout_p=p)
         shape = f"[{n}, {t}, {d_in}] to {', '.join(map(str, widths))}"
-        quick = p > 0 and len(set(kind)) > 1
+        quick = p > 0 and (len(set(kind)) > 1 or "no bias" in text)
         yield Check("echo_lora_linear_group", text + _dropout(p), shape, 4, make, quick)
 
 

@@ -70,8 +70,8 @@ def test_every_variant_compiles_and_fits(arch, dtype):
     assert_sound(compiled(arch, dtype, "--all"))
 
 
-def test_lengths_in_a_batch_cost_no_compilation():
-    """Kernels that walk rows of samples are compiled once for all numbers of rows."""
+def test_nothing_is_compiled_for_what_divides_a_length():
+    """No argument that changes with the lengths in a batch is specialised."""
     code = """
 import importlib, pkgutil, triton, echolora_kernels.ops as ops
 from echolora_kernels.ops.echo_lora_linear.triton_blocks import VARYING

@@ -1,10 +1,14 @@
 """How often the kernels are launched: a fusion that falls apart shows here."""
 
+import types
+
 import pytest
 import torch
 from linear_cases import SITES
 from triton_cases import NORM, make
 
+from echolora_kernels.ops.echo_lora_linear import launch
+from echolora_kernels.ops.echo_lora_linear.configs import Tile
 from echolora_kernels.ops.echo_lora_linear.launch import Launch
 
 FORWARD = ["shrink_fwd_kernel", "linear_fwd_kernel"]
@@ -62,3 +66,32 @@ def test_the_matrix_instructions_see_ds_in_the_dtype_of_x(monkeypatch):
     monkeypatch.setattr(Launch, "run", record)
     make(dtype=torch.float16).results("triton")
     assert seen == dict(zip(BACKWARD, (torch.float32, torch.float16, torch.float16), strict=True))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_triton_s_hooks_are_called_where_there_are_any(monkeypatch, hooked):
+    """As its own dispatch calls them: with what it tells of a launch."""
+    given = []
+
+    class Compiled:
+        function, packed_metadata = "function", "packed"
+
+        def launch_metadata(self, grid, stream, *values):
+            return ("metadata", grid, stream, values)
+
+        def run(self, *arguments):
+            given.append(arguments)
+
+    hooks = launch.triton.knobs.runtime
+    monkeypatch.setattr(hooks, "launch_enter_hook", type(hooks.launch_enter_hook)())
+    if hooked:
+        hooks.launch_enter_hook.add(print)
+    monkeypatch.setattr(launch, "_stream", lambda: lambda index: 7)
+    plan = Launch(types.SimpleNamespace(arg_names=["x", "N"]), (3,), Tile(16, 16, 16, 4, 1), N=5)
+    x = torch.zeros(4)
+    plan._compiled[None, x.dtype, not x.data_ptr() & 15] = Compiled()
+    plan.run(x.device, x=x)
+    values = (x.data_ptr(), 5)
+    told = ("metadata", (3, 1, 1), 7, values) if hooked else None
+    enter = hooks.launch_enter_hook if hooked else None
+    assert given == [(3, 1, 1, 7, "function", "packed", told, enter, None, *values)]

@@ -6,10 +6,11 @@ import pytest
 import torch
 from group_cases import by_reference, cases, together
 from linear_cases import assert_equal_up_to_rounding
-from triton_cases import make, reference_results
+from triton_cases import DEVICE, make, reference_results
 
-from echolora_kernels.ops.echo_lora_linear import candidates, triton_small_launch
-from echolora_kernels.ops.echo_lora_linear.configs import SMALL_RANK, SMALL_ROWS
+from echolora_kernels.ops.echo_lora_linear import candidates, triton_kernels, triton_small_launch
+from echolora_kernels.ops.echo_lora_linear.configs import FEW_LAUNCHES_ROWS, SMALL_RANK, SMALL_ROWS
+from echolora_kernels.verification import suite
 
 NEEDS = ("x", "lora_a", "lora_b")
 FORWARD = {True: ["small_fwd_kernel"], False: ["shrink_fwd_kernel", "linear_fwd_kernel"]}
@@ -69,6 +70,23 @@ def test_dora_and_echoes_are_not_small(small, launches, options):
     assert not any(name.startswith("small") for name in launches)
 
 
+@pytest.mark.parametrize("site", ["output", "rank"])
+def test_a_constant_echo_changes_nothing_in_the_backward_pass(small, launches, site):
+    case = make(n=2, t=19, d_in=40, d_out=36, r=6, bias=False, site=site)
+    assert_equal_up_to_rounding(case.results("triton", NEEDS), case.results("reference", NEEDS))
+    assert launches[2:] == BACKWARD[small]
+
+
+def test_verify_compares_them(monkeypatch, launches):
+    """The quick part, too."""
+    monkeypatch.setattr(triton_kernels, "small", lambda rows, weight, rank: rank <= SMALL_RANK)
+    monkeypatch.setattr(triton_small_launch, "_in_one", lambda *_: True)
+    for check in suite.checks(quick=True, small=True):
+        if check.operator.startswith("echo_lora_linear") and "no bias" in check.options:
+            check.make("triton", DEVICE, torch.float32).compare()
+    assert {*FORWARD[True], *BACKWARD[True]} == set(launches) - {"shrink_fwd_kernel"}  # which tells the dropout mask
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_groups(small, launches, monkeypatch, p):
     group = [replace(case, bias=None) for case in cases("triton", *NONE, p=p)]
@@ -125,6 +143,7 @@ def test_which_layers_are_small(monkeypatch):
         512, 4096, 4096, half
     )
     assert not is_small(SMALL_ROWS + 1, 64, 64, 16, half, "sm_90")
+    assert is_small(8, 64, 64, 16, half, "sm_90") and not is_small(FEW_LAUNCHES_ROWS - 1, 4096, 4096, 16, half, "sm_90")
     assert not is_small(64, 64, 64, SMALL_RANK + 1, half, "sm_90")
     assert not is_small(64, 64, 64, 16, half, "cpu")  # the interpreter gains nothing
     monkeypatch.setattr(triton_small_launch, "_is_small", lambda *_: True)

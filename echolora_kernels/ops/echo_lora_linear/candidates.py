@@ -120,13 +120,13 @@ def _rule(problem: Problem, can: tuple[str, ...]) -> tuple[str, str]:
         return "fused", "Triton's interpreter has no vendor GEMM to prefer"
     if problem.dtype == "float64":
         return can[1], "Triton has no float64 matrix instructions"
-    if small(problem.m, problem.n, problem.k, problem.dtype):
+    if brief(problem.m, problem.n, problem.k, problem.dtype):
         return "fused", "small: one launch costs less than two"
     return can[1], "no measurement near: the vendor's GEMM is the safe choice"
 
 
-def small(m: int, n: int, k: int, dtype: str, launches: int = 1) -> bool:
-    """Whether a GPU is done with a product of these sizes before the host has launched so many: some 10 us each."""
+def brief(m: int, n: int, k: int, dtype: str, launches: int = 1) -> bool:
+    """Whether an H100 is done with a product of these sizes before its host has launched so many: some 10 us each."""
     return m * n * k < launches * (2**31 if dtype in ("bfloat16", "float16") else 2**27)
 
 

@@ -17,9 +17,11 @@ MAX_RANK_STEP = 64
 MAX_RANK = 256
 # above this rank, partial sums of dS would take longer than a second read of dY (measured on an H100)
 ONE_PASS_RANK = 32
-# small layers: one program adds up all rows, every program a whole rank; and what takes the host longer than both large
-# products take the GPU: see `candidates.small`
-SMALL_ROWS, SMALL_RANK, SMALL_LAUNCHES = 2048, 32, 32
+# small layers: one program adds up all rows, every program a whole rank
+SMALL_ROWS, SMALL_RANK = 2048, 32
+# with several launches: rows from which on F1 has enough programs without splits, and how long both products may take
+# (`candidates.brief`)
+FEW_LAUNCHES_ROWS, FEW_LAUNCHES = 512, 32
 # the rank enters D0, where each float32 operand is held as two, in smaller steps
 MAX_NORM_RANK_STEP = 32
 # programs that share one row's norm in D0, whose partial sums one block holds

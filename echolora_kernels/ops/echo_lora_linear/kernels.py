@@ -43,7 +43,11 @@ class Kernels(Protocol):
         """The dtype of what `shrink` returns for adapters of `lora_dtype` on an x of `x_dtype`."""
 
     def small(self, rows: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:
-        """Whether `small_forward` and `small_backward` serve a LoRA layer of these sizes without an echo, rows [n, T, K]."""
+        """Whether `small_forward` and `small_backward` serve a LoRA layer of these sizes, whose echo they need not know.
+
+        Args:
+            rows: x [n, T, K], or dY [n, T, N]. weight: [N, K].
+        """
 
     def dora_norm(
         self,

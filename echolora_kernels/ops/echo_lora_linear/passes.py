@@ -144,7 +144,7 @@ def backward_pass(
     da: Maybe = None
     dweight: Maybe = None
     of_output = mask if site == "output" else None
-    # only what is frozen and plain; its S is the same, whichever kernels computed it
+    # S is the same, whichever kernels computed it, and a constant echo that was added to S or to y changes nothing here
     all_three = need_x and need_a and need_b and not (need_weight or need_bias or need_delta)
     if all_three and out.gain is None and delta is None and kernels.small(dy_rows, weight, lora_b.shape[1]):
         dx, da, db = kernels.small_backward(dy_rows, rows, weight, out.s, lora_a, lora_b, scaling, dropout=dropout)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 # Philox4x32 passes BigCrush from 7 rounds on; 10 would cost more than the matrix product of a thin adapter.
 PHILOX_ROUNDS = tl.constexpr(7)
-# Change with the lengths in a batch: to compile for what divides them would be once more for every new divisor.
+# Change with the lengths in a batch: whether 16 divides them is not worth another compilation.
 VARYING = ("M", "T", "N_TILES", "TILES_PER_SPLIT", "stride_mask_n")
 
 

@@ -212,7 +212,7 @@ def _by_descriptors(choice: Choice, rows: torch.Tensor, weight: torch.Tensor, wi
     wanted = configs.uses_descriptors(rank, rows.dtype, device_of(rows).arch) and _plain_rows(rows)
     # making descriptors takes the host longer than it has for a small product
     m, (n, k), dtype = rows.shape[0] * rows.shape[1], weight.shape, _name(rows.dtype)
-    if not wanted or (choice.tile is None and candidates.small(m, n, k, dtype)):
+    if not wanted or (choice.tile is None and candidates.brief(m, n, k, dtype)):
         return False
     return width * rows.element_size() % 16 == 0 and describable(one_sample(rows)[0], weight)
 

@@ -126,7 +126,7 @@ def small_backward(
         ds = shrink(dy, lora_b.t(), scaling, dropout=Dropout(), splits=1)
         if base is None:
             dx = input_product(dy, weight, ds, lora_a, dropout=dropout, gain=None)
-        else:
+        else:  # `group_input_product` asks for the fastest way of each: no kernel of those that win adds to anything
             input_backward(dy, weight, ds, lora_a, dropout=dropout, contract=False, base=base)
             dx = add_product(base, flat(dy), weight, None)
     plan = _adapter_plan(
@@ -255,16 +255,21 @@ def small(rows: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:
 
 @planned
 def _is_small(m: int, n: int, k: int, rank: int, dtype: torch.dtype, arch: str) -> bool:
-    # one program adds up all rows, and every program sums a whole rank
     if arch == "cpu" or m > configs.SMALL_ROWS or rank > configs.SMALL_RANK:
         return False
-    return candidates.small(m, n, k, str(dtype).removeprefix("torch."), configs.SMALL_LAUNCHES)
+    few = m >= configs.FEW_LAUNCHES_ROWS and candidates.brief(m, n, k, _name(dtype), configs.FEW_LAUNCHES)
+    return few or _is_tiny(m, n, k, dtype)
 
 
 def _in_one(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether one launch is enough for a small layer's product and its low-rank term."""
     return _is_tiny(rows.shape[0] * rows.shape[1], *weight.shape, rows.dtype)
 
 
 @planned
 def _is_tiny(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
-    return candidates.small(m, n, k, str(dtype).removeprefix("torch."))
+    return candidates.brief(m, n, k, _name(dtype))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
