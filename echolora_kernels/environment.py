@@ -30,7 +30,7 @@ VARIABLES = {
     "ECHOLORA_CANDIDATE": Variable(
         "how the Triton backend computes its large products: `fused`, or pairs such as "
         "`forward=accumulate,input-gradient=lora-first`, a product without one being left to the default; a way that "
-        "cannot compute a layer is an error",
+        "cannot compute a layer is an error. Small layers have no kernels of their own then",
         "table, else rule",
     ),
     "ECHOLORA_TUNED": Variable(
