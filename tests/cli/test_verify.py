@@ -110,7 +110,7 @@ def test_a_broken_kernel_does_not_end_the_rest(cpp, echolora, monkeypatch, capsy
     monkeypatch.setattr(networks, "forward_pass", fails)
     assert echolora("verify", "--quick", "--backend", "cpp", "--dtype", "float32") == 1
     printed = " ".join(capsys.readouterr().out.split())
-    assert "RuntimeError: out of registers" in printed and "1 of 10 checks FAILED" in printed
+    assert "RuntimeError: out of registers" in printed and "1 of 12 checks FAILED" in printed
 
 
 def test_a_little_noise_is_told_from_a_mistake():
