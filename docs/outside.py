@@ -25,7 +25,7 @@ def on_files(files: Files, config: Any) -> None:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri in PAGES:
-        markdown = markdown.replace("](../docs/", "](../").replace("](docs/", "](")
+        markdown = re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", markdown)
     else:
         markdown = markdown.replace("](../", "](")
     return re.sub(r"\]\(((?:examples/)?\w+)\.py\)", r"](\1.md)", markdown)
