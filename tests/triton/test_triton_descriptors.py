@@ -18,7 +18,7 @@ def everywhere(monkeypatch, request):
     """Descriptors for every dtype and device, with tiles that make one program walk over several, or of its own."""
     monkeypatch.setattr(configs, "uses_descriptors", lambda *_: True)
     monkeypatch.setattr(configs, "descriptor_tile", lambda *_, **__: Tile(16, 16, 16, 4, 1, request.param))
-    monkeypatch.setattr(candidates, "small", lambda *_: False)
+    monkeypatch.setattr(candidates, "brief", lambda *_: False)
     names, run = [], Launch.run
 
     def record(planned, device, **tensors):
