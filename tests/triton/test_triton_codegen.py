@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).with_name("codegen.py")
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = ("bfloat16", "float16", "float32")
 # fewer than wgmma's 64 rows
-FEW_ROWS = ("lora_a_bwd_kernel", "shrink_fwd_kernel")
+FEW_ROWS = ("lora_a_bwd_kernel", "shrink_fwd_kernel", "small_adapter_bwd_kernel")
 WITHOUT_PRODUCTS = (
     "dora_gain_fwd_kernel",
     "scale_rows_kernel",
