@@ -91,9 +91,18 @@ def steps(m: int, k: int, n: int, rank: int, where: str) -> Iterator[tuple[str, 
         yield f"fused, {kind}", step(model)
 
 
+def sizes(text: str) -> tuple[int, int, int]:
+    """Of MxKxN."""
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wants MxKxN, such as 1024x576x576")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", metavar="MxKxN", default=["1024x576x576", "2048x4096x4096"])
+    default = [(1024, 576, 576), (2048, 4096, 4096)]
+    parser.add_argument("--shape", nargs="+", type=sizes, metavar="MxKxN", default=default)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--calls", type=int, default=CALLS)
     options = parser.parse_args()
@@ -101,13 +110,13 @@ def main() -> None:
     wait = torch.cuda.synchronize if where == "cuda" else lambda: None
     print("| rows x in x out | | host: least | median | GPU |\n| --- | --- | --- | --- | --- |")
     for shape in options.shape:
-        for name, step in steps(*map(int, shape.split("x")), options.rank, where):
+        for name, step in steps(*shape, options.rank, where):
             gc.collect()
             gc.disable()  # which would come in some of the calls
             least, median = host(step, options.calls, wait)
             gc.enable()
             gpu = f"{device(step):.0f}" if where == "cuda" else ""
-            print(f"| {shape} | {name} | {least:.0f} | {median:.0f} | {gpu} |", flush=True)
+            print(f"| {'x'.join(map(str, shape))} | {name} | {least:.0f} | {median:.0f} | {gpu} |", flush=True)
 
 
 if __name__ == "__main__":
