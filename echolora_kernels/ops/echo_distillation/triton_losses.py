@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..echo_lora_linear.configs import Tile, dtype_class
-from ..echo_lora_linear.launch import accumulator, run, want_runnable
+from ..echo_lora_linear.launch import accumulator, named_strides, run, strides, want_runnable
 from ..echo_lora_linear.rows import accumulator_dtype
 from ..echo_lora_linear.triton_blocks import VARYING, row_offsets
 from .kernels import STATS
@@ -208,11 +208,6 @@ def distillation_bwd_kernel(
         tl.store(p_d_on, b_d_on, mask=m_v)
 
 
-def _strides(name: str, tensor: torch.Tensor | None) -> dict[str, int]:
-    strides = (0, 0, 0) if tensor is None else tensor.stride()
-    return {f"stride_{name}_{axis}": stride for axis, stride in zip("ntv", strides, strict=True)}
-
-
 def forward(
     off: torch.Tensor, on: torch.Tensor | None, targets: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,8 +228,8 @@ def forward(
         stats=stats,
         T=max(1, off.shape[1]),
         V=off.shape[2],
-        **_strides("off", off),
-        **_strides("on", on),
+        **named_strides("off", "ntv", strides(off)),
+        **named_strides("on", "ntv", strides(on)),
         TEMPERATURE=temperature,
         HAS_ON=on is not None,
         BLOCK_V=tile.cols,
@@ -271,10 +266,10 @@ def backward(
         d_on=d_on,
         T=max(1, off.shape[1]),
         V=vocabulary,
-        **_strides("off", off),
-        **_strides("on", on),
-        **_strides("d_off", d_off),
-        **_strides("d_on", d_on),
+        **named_strides("off", "ntv", strides(off)),
+        **named_strides("on", "ntv", strides(on)),
+        **named_strides("d_off", "ntv", strides(d_off)),
+        **named_strides("d_on", "ntv", strides(d_on)),
         TEMPERATURE=temperature,
         HAS_ON=on is not None,
         OFF_LEARNS=learns[0],

@@ -132,21 +132,27 @@ def run(kernel: Any, grid: Sequence[int], device: torch.device, tile: Tile, **ar
             kernel[tuple(grid)](**arguments, **options(tile))
 
 
+def named_strides(tensor: str, axes: str, values: Sequence[int] | None) -> dict[str, int]:
+    """A tensor's strides as the kernels take them, one name an axis; 0 where there is no tensor."""
+    values = values or (0,) * len(axes)
+    return {f"stride_{tensor}_{axis}": value for axis, value in zip(axes, values, strict=True)}
+
+
 def echo_strides(delta: tuple[int, ...] | None, mask: tuple[int, ...] | None) -> dict[str, int]:
-    """Strides of Delta [n, width] and its mask [n, T] as the kernels take them; 0 where there is no echo."""
-    stride_delta, stride_mask = delta or (0, 0), mask or (0, 0)
-    return {
-        "stride_delta_n": stride_delta[0],
-        "stride_delta_d": stride_delta[1],
-        "stride_mask_n": stride_mask[0],
-        "stride_mask_t": stride_mask[1],
-    }
+    """Those of Delta [n, width] and its mask [n, T]."""
+    return {**named_strides("delta", "nd", delta), **named_strides("mask", "nt", mask)}
 
 
 def dropout_constants(p: float) -> dict[str, Any]:
     """The compile-time arguments of a kernel that replays dropout with this probability."""
     dropout = Dropout(p)
     return {"DROPOUT": dropout.p > 0, "DROP_BELOW": dropout.drop_below, "KEEP_SCALE": dropout.keep_scale}
+
+
+@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """As tables and rules name it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

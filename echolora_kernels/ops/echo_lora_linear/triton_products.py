@@ -12,7 +12,7 @@ from . import candidates, configs
 from .candidates import Choice, Problem
 from .configs import Tile
 from .dropout import Dropout
-from .launch import device_of, planned
+from .launch import device_of, dtype_name, planned
 from .projection import Projection
 from .rows import add_product, flat, one_sample, without_autocast
 from .triton_backward_launch import input_backward
@@ -173,7 +173,7 @@ def _choice(
     insist, folder = candidates.from_environment(product)
     n, k = weight.shape
     return chosen(
-        product, rows.shape[0] * rows.shape[1], n, k, rank, _name(rows.dtype),
+        product, rows.shape[0] * rows.shape[1], n, k, rank, dtype_name(rows.dtype),
         device_of(rows).arch, gain is not None, dropout.on_base, _plain_rows(rows), insist, folder,
         _device_name(rows.device),
     )  # fmt: skip
@@ -211,7 +211,7 @@ def _by_descriptors(choice: Choice, rows: torch.Tensor, weight: torch.Tensor, wi
     """Whether the fused product, `width` columns, can and should go through tensor descriptors."""
     wanted = configs.uses_descriptors(rank, rows.dtype, device_of(rows).arch) and _plain_rows(rows)
     # making descriptors takes the host longer than it has for a small product
-    m, (n, k), dtype = rows.shape[0] * rows.shape[1], weight.shape, _name(rows.dtype)
+    m, (n, k), dtype = rows.shape[0] * rows.shape[1], weight.shape, dtype_name(rows.dtype)
     if not wanted or (choice.tile is None and candidates.brief(m, n, k, dtype)):
         return False
     return width * rows.element_size() % 16 == 0 and describable(one_sample(rows)[0], weight)
@@ -223,11 +223,6 @@ def _plain_rows(rows: torch.Tensor) -> bool:
     if of_column != 1 or (samples * length > 1 and length > 1 and of_row < width):
         return False
     return samples == 1 or (of_sample == length * of_row and of_sample >= width)
-
-
-@functools.cache
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @functools.cache

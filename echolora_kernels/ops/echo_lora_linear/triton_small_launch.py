@@ -13,8 +13,10 @@ from .launch import (
     accumulator,
     device_of,
     dropout_constants,
+    dtype_name,
     input_precision,
     kind,
+    named_strides,
     planned,
     strides,
 )
@@ -83,15 +85,10 @@ def _forward_plan(
         K=d_in,
         N=d_out,
         R=rank,
-        stride_x_n=x_strides[0],
-        stride_x_t=x_strides[1],
-        stride_x_k=x_strides[2],
-        stride_w_n=w_strides[0],
-        stride_w_k=w_strides[1],
-        stride_a_r=a_strides[0],
-        stride_a_k=a_strides[1],
-        stride_b_n=lora_b[0],
-        stride_b_r=lora_b[1],
+        **named_strides("x", "ntk", x_strides),
+        **named_strides("w", "nk", w_strides),
+        **named_strides("a", "rk", a_strides),
+        **named_strides("b", "nr", lora_b),
         stride_bias=0 if bias is None else bias[0],
         stride_s=stride_s,
         SCALING=scaling,
@@ -184,15 +181,10 @@ def _input_plan(
         K=d_in,
         N=d_out,
         R=rank,
-        stride_dy_n=dy_strides[0],
-        stride_dy_t=dy_strides[1],
-        stride_dy_d=dy_strides[2],
-        stride_w_n=w_strides[0],
-        stride_w_k=w_strides[1],
-        stride_a_r=a_strides[0],
-        stride_a_k=a_strides[1],
-        stride_b_n=lora_b[0],
-        stride_b_r=lora_b[1],
+        **named_strides("dy", "ntd", dy_strides),
+        **named_strides("w", "nk", w_strides),
+        **named_strides("a", "rk", a_strides),
+        **named_strides("b", "nr", lora_b),
         SCALING=scaling,
         **dropout_constants(dropout_p),
         HAS_BASE=has_base,
@@ -231,12 +223,8 @@ def _adapter_plan(
         N=d_out,
         R=rank,
         N_TILES=n_tiles,
-        stride_dy_n=dy_strides[0],
-        stride_dy_t=dy_strides[1],
-        stride_dy_d=dy_strides[2],
-        stride_x_n=x_strides[0],
-        stride_x_t=x_strides[1],
-        stride_x_k=x_strides[2],
+        **named_strides("dy", "ntd", dy_strides),
+        **named_strides("x", "ntk", x_strides),
         stride_s=stride_s,
         **dropout_constants(dropout_p),
         BLOCK=tile.cols,
@@ -257,7 +245,7 @@ def small(rows: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:
 def _is_small(m: int, n: int, k: int, rank: int, dtype: torch.dtype, arch: str) -> bool:
     if arch == "cpu" or m > configs.SMALL_ROWS or rank > configs.SMALL_RANK:
         return False
-    few = m >= configs.FEW_LAUNCHES_ROWS and candidates.brief(m, n, k, _name(dtype), configs.FEW_LAUNCHES)
+    few = m >= configs.FEW_LAUNCHES_ROWS and candidates.brief(m, n, k, dtype_name(dtype), configs.FEW_LAUNCHES)
     return few or _is_tiny(m, n, k, dtype)
 
 
@@ -268,8 +256,4 @@ def _in_one(rows: torch.Tensor, weight: torch.Tensor) -> bool:
 
 @planned
 def _is_tiny(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
-    return candidates.brief(m, n, k, _name(dtype))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return candidates.brief(m, n, k, dtype_name(dtype))
