@@ -178,12 +178,12 @@ less() { echo $(($1 > 30 ? $1 - 25 : $1 / 2)); }
 if wanted tune; then
     TUNE=("$PYTHON" -m echolora_kernels.tuning --output "$WORK/tuned")
     if [[ $DRY == 1 ]]; then
-        job tune "$(box 20)" "${TUNE[@]}" --dry-run --shapes llama-3-8b
+        job tune "$(box 20)" "${TUNE[@]}" --dry-run --shapes llama3-8b
     else
         SECONDS_HERE=$(box 20)
-        job tune "$SECONDS_HERE" "${TUNE[@]}" --shapes llama-3-8b --minutes "$(in_minutes "$SECONDS_HERE")"
+        job tune "$SECONDS_HERE" "${TUNE[@]}" --shapes llama3-8b --minutes "$(in_minutes "$SECONDS_HERE")"
         SECONDS_HERE=$(box 5)
-        job tune-more "$SECONDS_HERE" "${TUNE[@]}" --shapes llama-2-7b,smollm2-135m --tokens 8192,2048 --rank 16 \
+        job tune-more "$SECONDS_HERE" "${TUNE[@]}" --shapes llama2-7b,smollm2 --tokens 8192,2048 --rank 16 \
             --minutes "$(in_minutes "$SECONDS_HERE")"
     fi
     pack

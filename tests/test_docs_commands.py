@@ -62,7 +62,7 @@ def test_every_command_has_examples():
     "make no-such-target",
     "make demo NO_SUCH=1",
     'make demo DEMO_FLAGS="--colour red"',
-    "pip install 'echolora-kernels[colour]'",
+    "pip install '.[colour]'",
     "python no_such.py",
     "python -m no_such",
     "python examples/commonsense/experiment.py --colour",
@@ -106,7 +106,7 @@ def _check_program(program, words, whole):
         script = (ROOT / "benchmarks" / program).read_text()
         assert all(f"    {word} " in script for word in words if word.startswith("--")), words
     elif program == "pip":
-        for extra in re.findall(r"echolora-kernels\[(\w+)\]", " ".join(words)):
+        for extra in re.findall(r"\.\[(\w+)\]", " ".join(words)):
             assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M), extra
     else:
         assert program == "python", f"{program} is no program that is known here"

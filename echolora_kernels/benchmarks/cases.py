@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .models import MODELS, TASKS, Model
+from ..models import MODELS, TASKS, Model
 from .problem import Problem
 
 KINDS = ("layer", "quantised", "loss", "networks", "step")
@@ -148,7 +148,7 @@ def registry(shapes: Sequence[str] = (), rows: int | None = None) -> list[Case]:
         ValueError: a shape cannot be read.
     """
     found: list[Case] = []
-    for model in MODELS.values():
+    for model in (model for model in MODELS.values() if model.loss_rows):
         for part, (d_in, widths) in model.parts().items():
             found += _layers(model.name, part, d_in, widths, rows)
             if len(widths) == 1:

@@ -14,7 +14,7 @@ def main() -> None:
 
         from .app import app
     except ImportError as error:
-        _refuse(f"echolora: {error.name or error} is missing; pip install 'echolora-kernels[train]'")
+        _refuse(f"echolora: {error.name or error} is missing, which the extra [train] brings")
     debug = "--debug" in sys.argv or bool(os.environ.get("ECHOLORA_DEBUG"))
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:

@@ -19,6 +19,6 @@ SETTINGS = {
 def tune(context: typer.Context) -> None:
     """Time the ways to compute a model's large products on this GPU, and keep the fastest in a table.
 
-    Example: echolora tune --shapes llama-3-8b --install
+    Example: echolora tune --shapes llama3-8b --install
     """
     raise typer.Exit(main(context.args, progress))

@@ -68,7 +68,7 @@ def _quantised(kind: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """What from_pretrained is told besides."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModuleNotFoundError(
-            f"quantize: got {kind!r}, which takes bitsandbytes; pip install 'echolora-kernels[quantized]'",
+            f"quantize: got {kind!r}, which takes bitsandbytes; pip install bitsandbytes",
             name="bitsandbytes",
         )
     if kind == "nf4":

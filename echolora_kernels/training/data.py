@@ -78,7 +78,7 @@ def generate_questions(task: str, size: int, seed: int) -> list[Question]:
         import reasoning_gym
     except ImportError as error:
         raise DataError(
-            f"data: got task {task!r}, which needs the package reasoning-gym (pip install 'echolora-kernels[demo]'); "
+            f"data: got task {task!r}, which needs the package reasoning-gym (pip install reasoning-gym); "
             "or give a .json or .jsonl file"
         ) from error
     try:

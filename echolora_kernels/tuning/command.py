@@ -21,7 +21,7 @@ from .request import Request
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 EXAMPLES = """examples:
-  echolora tune --shapes llama-3-8b --install
+  echolora tune --shapes llama3-8b --install
   echolora tune --model ./my-model --rank 16,64 --tokens 4096 --output tables
   echolora tune --dry-run
 
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     )
     which = made.add_mutually_exclusive_group()
     which.add_argument("--model", help="a transformers model, by folder or name; only its configuration is read")
-    which.add_argument("--shapes", type=_texts, default=["llama-3-8b"], help=f"{', '.join(shapes.KNOWN)} (llama-3-8b)")
+    which.add_argument("--shapes", type=_texts, default=["llama3-8b"], help=f"{', '.join(shapes.KNOWN)} (llama3-8b)")
     made.add_argument("--rank", type=_numbers, default=[16, 64], help="comma-separated (16,64)")
     made.add_argument("--dtype", type=_texts, default=["bfloat16"], help="bfloat16, float16, float32 (bfloat16)")
     made.add_argument("--tokens", type=_numbers, default=[512, 2048, 8192], help="rows of x, comma-separated (512,2048,8192)")  # fmt: skip

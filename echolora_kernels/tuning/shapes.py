@@ -6,18 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ..models import MODELS
+
 Shape = tuple[int, int]
 
-# name -> width, width of the MLP, heads, heads of k and v, width of a head
-_LLAMAS = {
-    "llama-2-7b": (4096, 11008, 32, 32, 128),
-    "llama-3-8b": (4096, 14336, 32, 8, 128),
-    "llama-3-70b": (8192, 28672, 64, 8, 128),
-    "mistral-7b": (4096, 14336, 32, 8, 128),
-    "qwen2.5-7b": (3584, 18944, 28, 4, 128),
-    "smollm2-135m": (576, 1536, 9, 3, 64),
-}
-KNOWN = tuple(_LLAMAS)
+KNOWN = tuple(MODELS)
 
 
 def known(name: str) -> list[Shape]:
@@ -26,10 +19,10 @@ def known(name: str) -> list[Shape]:
     Raises:
         ValueError: it is not; the message lists those that are.
     """
-    if name not in _LLAMAS:
+    if name not in MODELS:
         raise ValueError(f"shapes: got {name!r}, wants {', '.join(KNOWN)}; --model takes any other")
-    width, inner, heads, key_heads, head = _LLAMAS[name]
-    return distinct([(heads * head, width), (key_heads * head, width), (inner, width), (width, inner)])
+    parts = MODELS[name].parts().values()
+    return distinct((widths[0], d_in) for d_in, widths in parts if len(widths) == 1)
 
 
 def of_model(name_or_folder: str) -> list[Shape]:

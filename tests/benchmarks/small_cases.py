@@ -2,7 +2,7 @@
 
 import torch
 
-from echolora_kernels.benchmarks import models
+from echolora_kernels import models
 from echolora_kernels.benchmarks.cases import Filters, registry
 from echolora_kernels.benchmarks.rates import Rates
 from echolora_kernels.benchmarks.run import Bench

@@ -1,4 +1,4 @@
-"""The models whose shapes are timed, and the tasks whose lengths are."""
+"""Models that are known by name, whose shapes are timed and tuned, and the tasks whose lengths are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a Llama; `loss_rows`: rows of each branch that the losses are timed with."""
+    """Sizes of a Llama; `loss_rows`: rows of each branch that the losses are timed with, none where nothing is timed."""
 
     name: str
     width: int
@@ -18,7 +18,7 @@ class Model:
     blocks: int
     vocabulary: int
     tied: bool
-    loss_rows: tuple[int, ...]
+    loss_rows: tuple[int, ...] = ()
 
     def parts(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """d_in and every d_out of each linear and each group that has a shape of its own."""
@@ -41,6 +41,9 @@ MODELS = {
         Model("smollm2", 576, 1536, 9, 3, 64, 30, 49152, True, (16, 64, 256, 512)),
         Model("llama2-7b", 4096, 11008, 32, 32, 128, 32, 32000, False, (64, 256)),
         Model("llama3-8b", 4096, 14336, 32, 8, 128, 32, 128256, False, (64, 256)),
+        Model("llama3-70b", 8192, 28672, 64, 8, 128, 80, 128256, False),
+        Model("mistral-7b", 4096, 14336, 32, 8, 128, 32, 32000, False),
+        Model("qwen2.5-7b", 3584, 18944, 28, 4, 128, 28, 152064, False),
     )
 }
 
