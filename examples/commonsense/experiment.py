@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -32,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from report import SEARCH_SEED, write_report
+from report import write_report
 
 from echolora_kernels import EchoConfig, EchoLoRA, fuse, unfuse
 from echolora_kernels.integrations.transformers import load_model, resolve_model
@@ -41,6 +43,7 @@ from echolora_kernels.training.loop import Trainer
 from echolora_kernels.training.run import with_adapter, write_json
 from echolora_kernels.training.settings import TrainSettings
 
+SEARCH_SEED = 1000  # of the runs that search the learning rate
 DATA_SEED = 0  # of which questions are trained on, held out and tested: the same for every run
 
 
@@ -88,6 +91,7 @@ class Run:
             batch_size=given.batch_size,
             lr=self.lr,
             max_length=given.max_length,
+            train_size=given.train_size,
             seed=self.seed,
             dtype=given.dtype,
             device=given.device,
@@ -109,6 +113,22 @@ class Task:
     held_out: list[Question]
     test: list[Question]
 
+    def summary(self) -> dict[str, Any]:
+        """How many of each, which, and what share of the test's the most frequent answer would get right."""
+        parts = {"train": self.train, "held_out": self.held_out, "test": self.test}
+        texts = [[(question.prompt, question.target) for question in part] for part in parts.values()]
+        ((_, most),) = Counter(question.target for question in self.test).most_common(1)
+        return {
+            **{name: len(part) for name, part in parts.items()},
+            "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+            "most_frequent": most / len(self.test),
+        }
+
+
+def read_tasks(arguments: argparse.Namespace) -> dict[str, Task]:
+    names = arguments.tasks or sorted(folder.name for folder in arguments.data.iterdir() if folder.is_dir())
+    return {name: read_task(arguments.data / name, arguments) for name in names}
+
 
 def read_task(folder: Path, arguments: argparse.Namespace) -> Task:
     train, test = (read_llm_adapters(folder / f"{part}.json") for part in ("train", "test"))
@@ -124,8 +144,8 @@ class Experiment:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        names = arguments.tasks or sorted(folder.name for folder in arguments.data.iterdir() if folder.is_dir())
-        self.tasks = {name: read_task(arguments.data / name, arguments) for name in names}
+        self.tasks = read_tasks(arguments)
+        self.questions = {name: task.summary() for name, task in self.tasks.items()}
         self.base, self.tokenizer = load_model(
             arguments.model, dtype=getattr(torch, arguments.dtype), device=arguments.device
         )
@@ -137,7 +157,7 @@ class Experiment:
     def result(self, run: Run | None) -> dict[str, Any]:
         """Of one run, or of the model as it is."""
         if run is None:
-            return self.asked(self.base, held_out=False)
+            return {**self.asked(self.base, held_out=False), "questions": self.questions}
         settings, started = run.settings(self.arguments), time.perf_counter()
         torch.manual_seed(run.seed)
         model = with_adapter(self.base, settings)
@@ -161,6 +181,7 @@ class Experiment:
             "routed_steps": sum(record.routed for record in records),
             "seconds": {"training": trained, "all": time.perf_counter() - started},
             "settings": settings.to_dict(),
+            "questions": self.questions,
         }
         model.unload()
         return found
@@ -239,6 +260,11 @@ class Plan:
         self.words, self.pool, self.arguments = tuple(words), pool, parsed(words)
         self.folder = self.arguments.output / "runs"
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.final: list[Run] = []
+
+    @functools.cached_property
+    def questions(self) -> dict[str, Any]:
+        return {name: task.summary() for name, task in read_tasks(self.arguments).items()}
 
     def file(self, run: Run | None) -> Path:
         name = "untrained" if run is None else f"{run.name.replace(' ', '-')}_lr{run.lr:g}_seed{run.seed}"
@@ -246,8 +272,11 @@ class Plan:
 
     def read(self, run: Run | None) -> dict[str, Any]:
         result = json.loads(self.file(run).read_text())
+        other = "questions" if result["questions"] != self.questions else ""
         if run is not None and result["settings"] != run.settings(self.arguments).to_dict():
-            raise SystemExit(f"{self.file(run)}: belongs to an experiment with other settings; take another --output")
+            other = "settings"
+        if other:
+            raise SystemExit(f"{self.file(run)}: belongs to an experiment with other {other}; take another --output")
         return result
 
     def done(self, runs: Iterable[Run | None]) -> Iterator[tuple[Run | None, dict[str, Any]]]:
@@ -284,14 +313,15 @@ class Plan:
         # by the mean over tasks of the loss on the held-out questions: steadier than how many are right
         lrs = {name: min(self.arguments.lrs, key=losses[name].__getitem__) for name in METHODS}
         for name, lr in lrs.items():
-            yield f"{name}: learning rate {lr:g}"
+            end = len(self.arguments.lrs) > 1 and lr in (min(self.arguments.lrs), max(self.arguments.lrs))
+            yield f"{name}: learning rate {lr:g}" + (", at an end of --lrs: one beyond may be better" if end else "")
         variants = {**METHODS, **(ABLATIONS if self.arguments.ablations else {})}
-        final = [
+        self.final = [
             Run(name, variant, lrs.get(name, lrs["Echo-LoRA"]), seed)
             for seed in range(self.arguments.seeds)
             for name, variant in variants.items()
         ]
-        for run, result in self.done(final):
+        for run, result in self.done(self.final):
             means = [bits.count("1") / len(bits) for bits in result["right"].values()]
             share, seconds = 100 * statistics.fmean(means), result["seconds"]["all"]
             yield f"{run.name}, seed {run.seed}: {share:.1f}% in {seconds:.0f} s"
@@ -328,11 +358,13 @@ def main(words: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if words is None else words
     arguments = parsed(words)
     with workers(arguments.workers) as pool:
-        for done in Plan(words, pool).all():
+        plan = Plan(words, pool)
+        for done in plan.all():
             print(done, file=sys.stderr, flush=True)
     conditions = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
     conditions |= {"model": model_name(arguments.model), "torch": torch.__version__}
-    print(write_report(arguments.output, conditions))
+    untrained, *runs = (plan.read(run) for run in [None, *plan.final])
+    print(write_report(arguments.output, conditions, untrained, runs))
 
 
 if __name__ == "__main__":

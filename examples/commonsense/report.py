@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 DRAWS = 4000
-SEARCH_SEED = 1000  # of the runs that search the learning rate
 COMPARED_WITH = {"Echo-LoRA": "LoRA", "Echo-DoRA": "DoRA"}  # an ablation: with Echo-LoRA
 METHODS = ("LoRA", "Echo-LoRA", "DoRA", "Echo-DoRA")
 _COLOURS = {"LoRA": "#6c757d", "Echo-LoRA": "#1b6ca8", "DoRA": "#a68a64", "Echo-DoRA": "#d1495b"}
@@ -90,7 +89,9 @@ class Results:
         shares = [100 * bits[task].count("1") / len(bits[task]) for task in self.tasks]
         nats = statistics.fmean(self.untrained["loss"].values())
         untrained = [*(f"{share:.1f}" for share in (*shares, statistics.fmean(shares))), "", f"{nats:.3f}", "", ""]
-        rows = [["untrained", *untrained]]
+        frequent = [100 * self.content["conditions"]["questions"][task]["most_frequent"] for task in self.tasks]
+        most = [*(f"{share:.1f}" for share in (*frequent, statistics.fmean(frequent))), "", "", "", ""]
+        rows = [["the most frequent answer", *most], ["untrained", *untrained]]
         for name, runs in self.runs.items():
             estimates, losses, difference = bootstrap(self.answers(name)), self.losses(name), self.difference(name)
             spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
@@ -148,16 +149,13 @@ def _label(panel: Any, names: list[str], what: str) -> None:
     panel.grid(axis="x", alpha=0.25)
 
 
-def write_report(folder: Path, conditions: dict[str, Any]) -> str:
-    """results.json and, where there is matplotlib, accuracy.png from the runs in `folder`; returns the table."""
-    files = sorted((folder / "runs").glob("*_seed*.json"))
-    runs = [run for file in files if (run := json.loads(file.read_text()))["seed"] != SEARCH_SEED]
+def write_report(folder: Path, conditions: dict[str, Any], untrained: dict[str, Any], runs: list[dict]) -> str:
+    """results.json and, where there is matplotlib, accuracy.png in `folder`; returns the table."""
     order = {name: index for index, name in enumerate(METHODS)}
-    runs.sort(key=lambda run: (order.get(run["name"], len(order)), run["name"], run["seed"]))
-    for run in runs:
-        del run["settings"]  # the conditions say it
-    untrained = json.loads((folder / "runs" / "untrained.json").read_text())
-    content = {"conditions": conditions, "untrained": untrained, "runs": runs}
+    runs = sorted(runs, key=lambda run: (order.get(run["name"], len(order)), run["name"], run["seed"]))
+    told = ("settings", "questions")  # in the conditions, the same for all
+    kept = [{key: value for key, value in run.items() if key not in told} for run in (untrained, *runs)]
+    content = {"conditions": {**conditions, "questions": untrained["questions"]}, "untrained": kept[0], "runs": kept[1:]}
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     results = Results(content)
     if importlib.util.find_spec("matplotlib") is None:

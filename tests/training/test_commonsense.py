@@ -84,8 +84,24 @@ def test_an_experiment_runs_goes_on_and_reports(tasks, model_folder, tmp_path, e
     for timed in (before, after):
         del timed["seconds"]
     assert after == before
+    assert after["questions"]["odds"]["test"] == 10 and "| the most frequent answer |" in table
     with pytest.raises(SystemExit, match="other settings"):
         run("--max-length", "100")
+    for other in (("--held-out-size", "7"), ("--test-size", "9"), ("--tasks", "odds")):
+        with pytest.raises(SystemExit, match="other questions"):
+            run(*other)
+
+
+def test_a_search_that_grows_leaves_no_run_of_another_learning_rate(tasks, model_folder, tmp_path, example, capsys):
+    def run(*lrs):
+        example("experiment").main(words(tasks, model_folder, tmp_path, "--lrs", *lrs))
+        return json.loads((tmp_path / "results.json").read_text())["runs"], capsys.readouterr().err
+
+    run("1e-9")
+    runs, told = run("1e-9", "1e-2")
+    assert [(run["name"], run["lr"]) for run in runs] == [(n, 1e-2) for n in ("LoRA", "Echo-LoRA", "DoRA", "Echo-DoRA")]
+    assert len(list(tmp_path.glob("runs/*seed0.json"))) == 8
+    assert "LoRA: learning rate 0.01, at an end of --lrs" in told
 
 
 def test_workers_give_the_results_of_one(tasks, model_folder, tmp_path, example):
