@@ -5,7 +5,7 @@
 #         [--wheels DIR] [--python python3] [--model MODEL --data DIR] [--no-build] [--dry]
 #
 # Each part has a time box, and one that fails or is stopped does not stop the others. DIR gets summary.txt, the table of
-# tuned picks (DEVICE-NAME.json), what the benches measured (layers.csv, step.csv) and logs.tar.gz, brought up to date
+# tuned picks (DEVICE-NAME.json), what the benches measured (layers.csv, step.csv, ...) and logs.tar.gz, brought up to date
 # after every part. --wheels installs a folder of wheels beside, not into, that Python. --dry does the same on the CPU with
 # tiny sizes. Exit status 1 where a part failed. See benchmarks/README.md.
 set -u
@@ -42,6 +42,9 @@ for part in ${PARTS//,/ }; do [[ ,$ALL, == *,$part,* ]] || refuse "--part: got '
 [[ ! $WHEELS || -d $WHEELS ]] || refuse "--wheels: got '$WHEELS', wants a folder"
 [[ ${MODEL:+x} == "${DATA:+x}" ]] || refuse "--model and --data: wants both or neither"
 command -v "$PYTHON" >/dev/null || refuse "--python: got '$PYTHON', which is not there"
+whole() { (cd "$(dirname "$1")" && echo "$PWD/$(basename "$1")"); } # a link to a Python stays one: it may be a venv's
+[[ $PYTHON != */* ]] || PYTHON=$(whole "$PYTHON")
+for name in WHEELS DATA MODEL; do [[ ! ${!name} || ! -e ${!name} ]] || printf -v $name %s "$(whole "${!name}")"; done
 mkdir -p "$OUTPUT" || refuse "--output: cannot make $OUTPUT"
 OUTPUT=$(cd "$OUTPUT" && pwd)
 
@@ -75,14 +78,18 @@ pack() { # everything that is known by now
     "$PYTHON" benchmarks/gpu/summary.py "$LOGS" "$WORK/tuned" >"$LOGS/summary.txt" 2>"$LOGS/summary.err" || cat "$LOGS/summary.err" >>"$LOGS/summary.txt"
     cp "$LOGS/summary.txt" "$OUTPUT/"
     for file in "$WORK"/tuned/*.json; do [[ -f $file ]] && cp "$file" "$OUTPUT/"; done
-    for name in layers step; do [[ -f $LOGS/$name/bench.csv ]] && cp "$LOGS/$name/bench.csv" "$OUTPUT/$name.csv"; done
+    for file in "$LOGS"/*/bench.csv "$LOGS"/*/*.png "$LOGS"/accuracy/results.json; do # layers.csv, layers-more.csv, ...
+        [[ -f $file ]] || continue
+        local part=$(basename "$(dirname "$file")") name=$(basename "$file")
+        cp "$file" "$OUTPUT/$([[ $name == bench.csv ]] && echo "$part.csv" || echo "$part-${name#bench-}")"
+    done
     tar -czf "$OUTPUT/logs.tar.gz" -C "$WORK" logs tuned
 }
 
-how() { # exit status, seconds
+how() { # exit status, seconds that it took, seconds that it had
     case $1 in
     0) echo ok ;;
-    124 | 137) echo "stopped after $2 s" ;;
+    124 | 137) (($2 >= $3)) && echo "stopped after $3 s" || echo "FAILED ($1)" ;; # 137 before its time: no memory
     *) echo "FAILED ($1)" ;;
     esac
 }
@@ -102,21 +109,20 @@ job() { # name, seconds, command...: in its own process group, interrupted and t
     wait "$CHILD"
     status=$?
     CHILD=''
-    note "$name" "$(how $status "$seconds")" $((SECONDS - begun)) "$name.log"
+    note "$name" "$(how $status $((SECONDS - begun)) "$seconds")" $((SECONDS - begun)) "$name.log"
     return "$status"
 }
 
 wanted() { [[ ,$PARTS, == *,$1,* ]]; }
 has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
-"$PYTHON" -c 'import torch' 2>"$LOGS/python.err" || refuse "--python: $PYTHON has no torch: $(tail -1 "$LOGS/python.err")"
-"$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || [[ $DRY == 1 ]] ||
-    refuse "there is no GPU; --dry does the same on the CPU with tiny sizes"
-
 if [[ $WHEELS ]]; then
     job wheels "$(box 10)" "$PYTHON" -m pip install --no-index --no-deps --no-compile --no-cache-dir \
         --target "$WORK/site" "$WHEELS"/*.whl && export PYTHONPATH=$ROOT:$WORK/site${PYTHONPATH#"$ROOT"}
 fi
+"$PYTHON" -c 'import torch' 2>"$LOGS/python.err" || refuse "--python: $PYTHON has no torch: $(tail -1 "$LOGS/python.err")"
+"$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || [[ $DRY == 1 ]] ||
+    refuse "there is no GPU; --dry does the same on the CPU with tiny sizes"
 command -v nvidia-smi >/dev/null && nvidia-smi >"$LOGS/nvidia-smi.txt" 2>&1
 "$PYTHON" - >"$LOGS/environment.txt" 2>&1 <<'END'
 import importlib.metadata, platform
@@ -142,7 +148,8 @@ if [[ $BUILD == 1 ]]; then # beside the smoke part, which does not need it
     rm -f "$LIBRARY"
     ARCHS=()
     [[ $DRY == 1 ]] && ARCHS=(ECHOLORA_CUDA_ARCHS=none)
-    setsid timeout -s INT -k 15 "$(box 35)" env ECHOLORA_BUILD=require "${ARCHS[@]}" \
+    BUILD_BOX=$(box 35)
+    setsid timeout -s INT -k 15 "$BUILD_BOX" env ECHOLORA_BUILD=require "${ARCHS[@]}" \
         "$PYTHON" setup.py --quiet build_ext --build-lib build/gpu_run >"$LOGS/build.log" 2>&1 &
     BUILDING=$!
     BUILD_BEGUN=$SECONDS
@@ -150,14 +157,19 @@ fi
 finish_build() { # once
     [[ $BUILDING ]] || return 0
     wait "$BUILDING"
-    local status=$? library
+    local status=$? took=$((SECONDS - BUILD_BEGUN)) library
     BUILDING=''
-    if [[ $status == 0 && -f $LIBRARY ]]; then
+    if [[ $status != 0 ]]; then
+        note build "$(how $status $took "$BUILD_BOX")" $took build.log
+    elif library=$(ECHOLORA_LIBRARY=$LIBRARY "$PYTHON" -c '
+import sys
+from echolora_kernels import native
+print(native.why_unavailable() or " ".join(native.cuda_architectures()) or "no CUDA")
+sys.exit(native.why_unavailable() is not None)'); then
         export ECHOLORA_LIBRARY=$LIBRARY
-        library=$("$PYTHON" -c 'from echolora_kernels import native as n; print(n.why_unavailable() or " ".join(n.cuda_architectures()) or "no CUDA")')
-        note build "ok: $library" $((SECONDS - BUILD_BEGUN)) build.log
+        note build "ok: $library" $took build.log
     else
-        note build "$(how $status $((SECONDS - BUILD_BEGUN)))" $((SECONDS - BUILD_BEGUN)) build.log
+        note build "FAILED: $library" $took build.log
     fi
 }
 
@@ -189,9 +201,13 @@ if wanted tune; then
     pack
 fi
 finish_build
-if wanted smoke && [[ $DRY == 0 ]] &&
-    "$PYTHON" -c 'import sys; from echolora_kernels.backends import availability as a; sys.exit(a()["cuda"] != "available")'; then
-    job smoke-cuda "$(box 8)" "$PYTHON" benchmarks/gpu/smoke.py all --backend cuda
+if wanted smoke && [[ $DRY == 0 ]]; then
+    WHY=$("$PYTHON" -c 'from echolora_kernels.backends import availability; print(availability()["cuda"])')
+    if [[ $WHY == available ]]; then
+        job smoke-cuda "$(box 8)" "$PYTHON" benchmarks/gpu/smoke.py all --backend cuda
+    else
+        note smoke-cuda "skipped: ${WHY//[$'\t\n']/ }" 0 ''
+    fi
 fi
 compgen -G "$WORK/tuned/*.json" >/dev/null && export ECHOLORA_TUNED=$WORK/tuned
 
@@ -268,5 +284,6 @@ fi
 
 pack
 cat "$LOGS/summary.txt"
+grep -E 'stopped|left out' "$LOGS/parts.tsv" | cut -f 1,2 | sed 's/^/not finished: /'
 echo "$((SECONDS - BEGUN)) s; all is in $OUTPUT"
 ! grep -q FAILED "$LOGS/parts.tsv"

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
 
 
-def run(*arguments):
-    return subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=200)
+def run(*arguments, cwd=None):
+    return subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=200, cwd=cwd)
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -44,7 +44,8 @@ def test_a_failing_part_stops_no_other(tmp_path):
     )
     python.chmod(0o755)
     out = tmp_path / "out"
-    done = run("--dry", "--no-build", "--output", out, "--python", python, "--part", "smoke,tune,sanitizer")
+    options = ("--dry", "--no-build", "--python", "./python", "--part", "smoke,tune,sanitizer")
+    done = run(*options, "--output", "out", cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     summary = (out / "summary.txt").read_text()
     assert summary in done.stdout and len(summary.splitlines()) < 100
@@ -62,6 +63,42 @@ def test_a_part_is_stopped_by_its_box(tmp_path):
     python.chmod(0o755)
     done = run("--dry", "--no-build", "--output", tmp_path, "--python", python, "--part", "smoke", "--minutes", "0.5")
     assert done.returncode == 0 and "stopped after 11 s" in done.stdout, done.stdout + done.stderr
+    assert "not finished: smoke\tstopped" in done.stdout
+
+
+def test_a_part_that_is_killed_has_failed(tmp_path):
+    """As for want of memory; nobody had stopped it."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *smoke.py*) kill -9 $$ ;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    done = run("--dry", "--no-build", "--output", tmp_path, "--python", python, "--part", "smoke", "--minutes", "0.5")
+    assert done.returncode == 1 and "FAILED (137)" in done.stdout, done.stdout + done.stderr
+
+
+def test_what_a_hanging_check_leaves_of_the_others(tmp_path):
+    """Each dtype is a process of its own: one that hangs until all are stopped hides no failure."""
+    script = tmp_path / "smoke.py"
+    source = (ROOT / "benchmarks" / "gpu" / "smoke.py").read_text()
+    child = 'import sys, time\nif "float32" in sys.argv: print("FAILED on purpose"); sys.exit(1)\ntime.sleep(100)\n'
+    (tmp_path / "child.py").write_text(child)
+    script.write_text(source.replace("[sys.executable, __file__]", f"[sys.executable, {str(tmp_path / 'child.py')!r}]"))
+    command = [
+        "timeout",
+        "-s",
+        "INT",
+        "6",
+        sys.executable,
+        script,
+        "all",
+        "--backend",
+        "cpp",
+        "--dtype",
+        "float32",
+        "float16",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and "FAILED on purpose" in done.stdout
+    assert "checks-float32, exit status 1" in done.stdout and "checks-float16, exit status" in done.stdout
 
 
 def test_what_a_layer_takes_of_the_host():

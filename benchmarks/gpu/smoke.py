@@ -14,9 +14,10 @@ import argparse
 import itertools
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
@@ -85,18 +86,18 @@ def together(options: argparse.Namespace) -> int:
     # float64 has nothing finer to be compared with, but for what each way makes of it
     wanted = [(kind, dtype) for kind in kinds for dtype in options.dtype if (kind, dtype) != ("checks", "float64")]
     command = [sys.executable, __file__]
-    started = {
-        (kind, dtype): subprocess.Popen(
-            [*command, kind, "--backend", options.backend, "--dtype", dtype],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for kind, dtype in wanted
-    }  # fmt: skip
-    with ThreadPoolExecutor(len(started)) as readers:
-        said = dict(zip(started, readers.map(lambda process: process.communicate()[0], started.values()), strict=True))
-    for (kind, dtype), text in said.items():
-        print(f"--- {kind} {dtype}, exit status {started[kind, dtype].returncode}\n{text.rstrip()}", flush=True)
-    return max(process.returncode != 0 for process in started.values())
+    with tempfile.TemporaryDirectory() as folder:
+        started = {}
+        for kind, dtype in wanted:
+            log = Path(folder) / f"{kind}-{dtype}.log"
+            with log.open("w") as output:
+                each = [*command, kind, "--backend", options.backend, "--dtype", dtype]
+                started[log] = subprocess.Popen(each, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            return max(process.wait() != 0 for process in started.values())
+        finally:  # also where one hangs, and all of them are stopped
+            for log, process in started.items():
+                print(f"--- {log.stem}, exit status {process.poll()}\n{log.read_text().rstrip()}", flush=True)
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ SEED = 7  # of the dropout masks of the check, which `expected` replays
 
 _FEW = 64  # the errors of fewer numbers are a matter of luck: they have to be within a few units in the last place
 _UNITS = 4
+_ALONE = 3  # times what all results of a kind may have together, a single one may have in its rms error
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ class Verdict:
 def check(draws: Iterable[Implementation]) -> Verdict:
     """Runs one implementation on each draw of a case's arguments and compares outputs and gradients.
 
-    The errors of all draws are pooled, and those of results whose names have the first word in common.
+    The errors of all draws are pooled, and those of results whose names have the first word in common; a single wrong
+    one among many is found by its own.
     """
     pooled: dict[str, Errors] = {}
+    alone: dict[str, Errors] = {}
     numbers: dict[str, int] = {}
     near: dict[str, bool] = {}
     limit = 0.0
@@ -51,6 +54,8 @@ def check(draws: Iterable[Implementation]) -> Verdict:
             word = name.partition(" ")[0]
             try:
                 pooled.setdefault(word, Errors()).add(got[name], plain[name], exact[name])
+                if name != word and exact[name].numel() >= _FEW:
+                    alone.setdefault(name, Errors()).add(got[name], plain[name], exact[name])
             except ValueError as error:
                 return Verdict(None, f"{name}: {error}")
             numbers[word] = numbers.get(word, 0) + exact[name].numel()
@@ -64,6 +69,12 @@ def check(draws: Iterable[Implementation]) -> Verdict:
                 worst, culprit = ratio, f"{kind} error of {word}"
     if not worst <= limit:
         return Verdict(worst, f"{culprit} is {worst:.3g} times plain torch's, at most {limit:g} is right")
+    for name, errors in alone.items():
+        ratio = errors.ratios()[1]
+        if not ratio <= _ALONE * limit:
+            return Verdict(
+                ratio, f"rms error of {name} is {ratio:.3g} times plain torch's, at most {_ALONE * limit:g} is right"
+            )
     return Verdict(worst)
 
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from .. import EchoConfig, EchoLoRA, EchoLoRALinear, fuse, unfuse
 from ..batches import EchoDataCollator
-from .cases import DTYPES, Case
 from ..models import MODELS, TASKS, Model
+from .cases import DTYPES, Case
 from .problem import OTHERS_LIMIT, Implementation, Problem, Tensors
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -122,12 +123,11 @@ class Timer:
         return captured, "graph", ""
 
     def _round(self, turns: Mapping[str, Turn], timer: str, number: int) -> dict[str, float]:
-        names = list(turns)
-        shift = number % len(names)  # everyone follows everyone
-        readings = {name: self._take(turns[name], timer) for name in names[shift:] + names[:shift]}
+        order = random.Random(number).sample(list(turns), len(turns))  # nobody always follows the same one
+        readings = {name: self._take(turns[name], timer) for name in order}
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return {name: read() for name, read in readings.items()}
+        return {name: readings[name]() for name in turns}
 
     def _take(self, turn: Turn, timer: str) -> Callable[[], float]:
         """Runs it; gives a function that reads the milliseconds, on a GPU once it is done."""
@@ -135,9 +135,9 @@ class Timer:
             return self._backlog.take(turn.setup, turn.action)
         state = turn.setup()
         self._cache.zero_()
+        if self.device.type == "cuda":  # no launch hides behind what the one before has left to do
+            torch.cuda.synchronize(self.device)
         if timer == "host":
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
             begun = time.perf_counter()
             turn.action(state)
             if self.device.type == "cuda":

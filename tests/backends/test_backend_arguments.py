@@ -1,5 +1,7 @@
 """What a backend refuses, and that it says so by its own name."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from linear_cases import assert_equal_up_to_rounding, make, why_not
@@ -47,3 +49,9 @@ def test_autocast_computes_in_its_dtype(backend, device, dtype):
     assert y.dtype == dtype
     want = case.call("reference")
     assert (y - want).abs().max() < 8 * torch.finfo(dtype).eps * want.abs().max()
+
+
+def test_autocast_does_not_narrow_float64(backend, device):
+    case = make(backend, dtype=torch.float32)
+    with torch.autocast(device.type, torch.bfloat16), pytest.raises(TypeError, match=r"^x: got dtype torch.float64"):
+        replace(case, x=case.x.double()).call(backend)

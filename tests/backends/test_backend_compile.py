@@ -17,10 +17,11 @@ def _no_stale_graphs():
 
 @pytest.mark.parametrize(("dtype", "lora_dtype"), [(torch.float64, torch.float64), (torch.float16, torch.float32)])
 @pytest.mark.parametrize(
-    ("site", "dora", "p"), [(None, False, 0.0), ("output", True, 0.3), ("adapter_input", False, 0.3)]
+    ("n", "site", "dora", "p"),
+    [(2, None, False, 0.0), (2, "output", True, 0.3), (2, "adapter_input", False, 0.3), (0, "output", True, 0.3)],
 )
-def test_operators_pass_opcheck(backend, site, dora, p, dtype, lora_dtype):
-    case = make(backend, n=2, t=3, d_in=5, d_out=6, site=site, dora=dora, p=p, dtype=lora_dtype)
+def test_operators_pass_opcheck(backend, n, site, dora, p, dtype, lora_dtype):
+    case = make(backend, n=n, t=3, d_in=5, d_out=6, site=site, dora=dora, p=p, dtype=lora_dtype)
     case = replace(case, **{name: getattr(case, name).to(dtype) for name in ("x", "weight", "bias")})
     for name, tensor in case.tensors().items():
         tensor.requires_grad_(name != "weight")
@@ -28,6 +29,22 @@ def test_operators_pass_opcheck(backend, site, dora, p, dtype, lora_dtype):
     arguments = (case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.magnitude, case.delta, case.mask, seed)
     rest = (backend, site or "output", case.scaling, p, "exact", dora)
     torch.library.opcheck(operators.forward_operator, (*arguments, *rest))
+
+
+@pytest.mark.parametrize(("trained", "kept"), [(("lora_b",), False), (("lora_a", "lora_b"), True)])
+def test_x_is_kept_for_those_that_read_it(backend, trained, kept):
+    """As in eager mode; and the gradients are those of eager mode."""
+    case = make(backend, n=2, t=3, d_in=5, d_out=6)
+    tensors = {name: tensor.detach() for name, tensor in case.tensors().items()}
+    leaves = {name: tensors[name].requires_grad_() for name in ("x", *trained)}
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.data_ptr()) or t, lambda t: t):
+        call = torch.compile(lambda case: case.call(backend), fullgraph=True, backend="aot_eager")
+        y = call(replace(case, **tensors))
+    assert (tensors["x"].data_ptr() in held) == kept
+    want = case.results(backend)
+    for name, gradient in zip(leaves, torch.autograd.grad(y, list(leaves.values()), case.dy), strict=True):
+        assert torch.equal(gradient, want[name]), name
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

@@ -121,6 +121,22 @@ def test_a_single_number_is_judged_in_units_of_what_it_was_computed_in():
     assert "y0" in judged(0.01, None) and "y0" in judged(0.2, torch.bfloat16)
 
 
+def test_one_wrong_gradient_among_many_is_found():
+    torch.manual_seed(0)
+    exact = {f"dparameters {index}": torch.randn(100, dtype=torch.float64) for index in range(200)}
+    plain = {name: (value * (1 + 0.01 * torch.randn(100))).float() for name, value in exact.items()}
+    leaves = {name[1:]: torch.zeros(100, requires_grad=True) for name in exact}
+
+    def judged(factor):
+        ours = {name: (value * (1 + 0.01 * torch.randn(100))).float() for name, value in exact.items()}
+        ours["dparameters 7"] *= factor
+        products = lambda: [sum((leaves[name[1:]] * value).sum() for name, value in ours.items())]  # noqa: E731
+        known = plain | {"y0": torch.zeros(())}, exact | {"y0": torch.zeros((), dtype=torch.float64)}
+        return check([Implementation(products, leaves, None, lambda: known)]).problem
+
+    assert judged(1.0) is None and "rms error of dparameters 7" in judged(1.1)
+
+
 def test_schema_and_files(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command.rates, "measure", lambda *_: tiny_bench().rates)
     flags = "--shape 24x40x32 --method lora --rank 8 --dropout 0 --dtype fp32 bf16 --echo off --rounds 2 --phase forward both"
@@ -187,8 +203,11 @@ def test_turns_are_taken_and_medians_are_given():
         return Implementation(forward, {"x": x}, [torch.ones(2)], None)
 
     several = {name: implementation(name) for name in "abc"}
-    times = timing.Timer(CPU, warm=True).compare(several, "both", rounds=4)
-    assert "".join(order[-12:]) == "abcbcacababc" and all(len(of.milliseconds) == 4 for of in times.values())
+    times = timing.Timer(CPU, warm=True).compare(several, "both", rounds=30)
+    rounds = ["".join(order[first : first + 3]) for first in range(0, len(order), 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds) and len(times["a"].milliseconds) == 30
+    followed = {each[place : place + 2] for each in rounds for place in (0, 1)}
+    assert followed == {"ab", "ac", "ba", "bc", "ca", "cb"}  # everyone follows everyone
     found = timing.Times([5.0, 1.0, 3.0, 2.0, 10.0], "host")
     assert (found.median, found.quartiles) == (3.0, (2.0, 5.0))
 

@@ -68,14 +68,24 @@ def test_blocks_suit_the_dropout_generator():
 
 
 def test_float32_is_multiplied_as_torch_is_set_to():
-    before = torch.get_float32_matmul_precision()
+    """By whichever of torch's switches, which do not all know of each other."""
+    matmul = torch.backends.cuda.matmul
+    before = torch.backends.fp32_precision, matmul.fp32_precision
     try:
         for setting, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(setting)
             assert input_precision(torch.float32) == expected
             assert input_precision(torch.bfloat16) == input_precision(torch.float64) == "ieee"
+        matmul.fp32_precision = "ieee"  # where the older switch still says "medium"
+        assert input_precision(torch.float32) == "ieee"
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "tf32"  # where the older one can no longer be asked
+        assert input_precision(torch.float32) == "tf32"
+        matmul.fp32_precision, torch.backends.fp32_precision = "none", "tf32"
+        assert input_precision(torch.float32) == "tf32"
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.fp32_precision, matmul.fp32_precision = before
 
 
 def test_behind_the_vendors_gemm_an_h100_takes_what_was_measured():

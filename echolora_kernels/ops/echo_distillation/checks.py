@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ..echo_lora_linear.rows import autocast_narrows
 from .result import KD_DETACH
 
 
@@ -48,7 +49,7 @@ def check_linear(
             continue
         if tensor.device != hidden_off.device:
             raise ValueError(f"{name}: got device {tensor.device}, wants {hidden_off.device} as hidden_off")
-        if tensor.dtype != hidden_off.dtype and not torch.is_autocast_enabled(hidden_off.device.type):
+        if tensor.dtype != hidden_off.dtype and not autocast_narrows(hidden_off):
             raise TypeError(f"{name}: got dtype {tensor.dtype}, wants {hidden_off.dtype} as hidden_off (or autocast)")
         if name != "hidden_on" and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(

@@ -16,6 +16,7 @@ from .kernels import load
 from .operators import compiled_echo_lora_linear
 from .passes import ForwardResult, backward_pass, forward_pass, kinds_of
 from .projection import Projection
+from .rows import autocast_narrows
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -142,10 +143,9 @@ def traced() -> bool:
 
 def under_autocast(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """x and the weights in autocast's dtype where autocast is on."""
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if not autocast_narrows(x):
         return x, list(weights)
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), [weight.to(dtype) for weight in weights]
 
 

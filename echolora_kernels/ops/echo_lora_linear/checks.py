@@ -8,6 +8,7 @@ import torch
 
 from .echo import Echo
 from .projection import Projection
+from .rows import autocast_narrows
 
 DORA_DROPOUTS = ("exact", "fast")
 
@@ -53,7 +54,7 @@ def check_arguments(
     if dora_dropout not in DORA_DROPOUTS:
         raise ValueError(f"dora_dropout: got {dora_dropout!r}, wants one of {', '.join(map(repr, DORA_DROPOUTS))}")
     for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and tensor.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if tensor is not None and tensor.dtype != weight.dtype and not autocast_narrows(x):
             raise TypeError(f"{name}: got dtype {tensor.dtype}, wants {weight.dtype} as weight (or autocast)")
     if echo is not None:
         _check_echo(x, echo, {"output": d_out, "adapter_input": d_in, "rank": rank}[echo.site])

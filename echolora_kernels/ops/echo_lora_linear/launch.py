@@ -161,9 +161,10 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """How kernels multiply float32: as torch is set to (`torch.set_float32_matmul_precision`)."""
-    exact = dtype != torch.float32 or torch.version.hip or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    """How kernels multiply float32: as torch is set to, by any of its switches."""
+    # torch.get_float32_matmul_precision raises where a newer switch than its own was used, or says what no longer holds
+    rounded = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if rounded and not torch.version.hip else "ieee"
 
 
 def reduce_partials(partials: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,24 @@ def _or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
+def _unfilled(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    magnitude: torch.Tensor | None,
+    backend: str,
+    store_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """S, z, norm and gain as the operator gives them, but for their values, which an empty batch leaves as they are."""
+    rows, d_out = math.prod(x.shape[:-1]), weight.shape[0]
+    wide = accumulator_dtype(torch.promote_types(weight.dtype, lora_a.dtype))
+    s = x.new_zeros((rows, lora_a.shape[0]), dtype=load(backend).s_dtype(x.dtype, lora_a.dtype))
+    z = x.new_zeros((rows, d_out) if store_z else (0,))
+    if magnitude is None:
+        return s, z, x.new_zeros(0), x.new_zeros(0)
+    return s, z, x.new_zeros((d_out,), dtype=wide), x.new_zeros((d_out,), dtype=wide)
+
+
 def _or_none(tensor: torch.Tensor, present: bool) -> torch.Tensor | None:
     return tensor if present else None
 
@@ -50,6 +68,8 @@ def forward_operator(
     dropout = Dropout(dropout_p, seed, dora_dropout)
     inputs = (x, weight, bias, lora_a, lora_b, magnitude)
     out = forward_pass(load(backend), *inputs, echo, scaling, dropout, store_z)
+    if out.s is None:
+        return out.y, *_unfilled(x, weight, lora_a, magnitude, backend, store_z)
     s, z, norm, gain = (_or_empty(tensor, x) for tensor in (out.s, out.z, out.norm, out.gain))
     return out.y, s, z, norm, gain
 
@@ -59,14 +79,8 @@ def _(
     x, weight, bias, lora_a, lora_b, magnitude, delta, mask, seed, backend, site, scaling, dropout_p, dora_dropout,
     store_z,
 ):  # fmt: skip
-    rows, d_out = math.prod(x.shape[:-1]), weight.shape[0]
-    wide = accumulator_dtype(torch.promote_types(weight.dtype, lora_a.dtype))
-    y = x.new_empty((*x.shape[:-1], d_out))
-    s = x.new_empty((rows, lora_a.shape[0]), dtype=load(backend).s_dtype(x.dtype, lora_a.dtype))
-    z = x.new_empty((rows, d_out) if store_z else (0,))
-    if magnitude is None:
-        return y, s, z, x.new_empty(0), x.new_empty(0)
-    return y, s, z, x.new_empty((d_out,), dtype=wide), x.new_empty((d_out,), dtype=wide)
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, *_unfilled(x, weight, lora_a, magnitude, backend, store_z)
 
 
 @torch.library.custom_op("echolora::echo_lora_linear_backward", mutates_args=())
@@ -113,15 +127,19 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.backend, ctx.site, ctx.scaling, ctx.dropout_p, ctx.dora_dropout, _ = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    x, *tensors, ctx.backend, ctx.site, ctx.scaling, ctx.dropout_p, ctx.dora_dropout, _ = inputs
+    of_weight, of_a = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+    ctx.x_shape = x.shape
+    ctx.save_for_backward(x if of_weight or of_a else None, *tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, dy: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:7])
     constants = (ctx.backend, ctx.site, ctx.scaling, ctx.dropout_p, ctx.dora_dropout)
-    found = iter(backward_operator(dy, *ctx.saved_tensors, *constants, needs))
+    x, *saved = ctx.saved_tensors
+    x = dy.new_empty(()).expand(ctx.x_shape) if x is None else x  # nothing but its shape is read then
+    found = iter(backward_operator(dy, x, *saved, *constants, needs))
     return *(next(found) if need else None for need in needs), *[None] * 8
 
 

@@ -55,6 +55,12 @@ def without_autocast(like: torch.Tensor) -> AbstractContextManager[None]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+def autocast_narrows(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for it; float64 is left alone."""
+    kind = tensor.device.type
+    return tensor.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that products of `dtype` are summed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -85,17 +85,19 @@ def _(dy, base, x, lora_a, lora_b, gain, bias, seed, s, backend, scaling, dropou
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.backend, ctx.scaling, ctx.dropout_p = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    base, *tensors, ctx.backend, ctx.scaling, ctx.dropout_p = inputs
+    ctx.save_for_backward(base if ctx.needs_input_grad[4] else None, *tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, dy: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    gain = ctx.saved_tensors[4]
+    base, *saved = ctx.saved_tensors
+    gain = saved[3]
     needs = list(ctx.needs_input_grad[:6])
     asked = [needs[0] and gain is not None, *needs[1:]]  # else base's gradient is dy, and no operator may return that
     constants = (ctx.backend, ctx.scaling, ctx.dropout_p, asked)
-    found = iter(backward_operator(dy, *ctx.saved_tensors, *constants) if any(asked) else ())
+    base = dy if base is None else base  # nothing but its shape is read then
+    found = iter(backward_operator(dy, base, *saved, *constants) if any(asked) else ())
     dbase, *rest = (next(found) if ask else None for ask in asked)
     return dy if needs[0] and gain is None else dbase, *rest, *[None] * 4
 
