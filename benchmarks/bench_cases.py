@@ -1,7 +1,7 @@
 """The registry's cases under pytest-benchmark; run with `make bench`.
 
-Every implementation is first compared with float64, and a red check reports no time. Here each is timed by itself;
-`echolora bench` lets them take turns.
+Every implementation is first compared with float64, and a red check reports no time. Here each is timed by itself, with
+warm caches and by the host's clock; `echolora bench` lets them take turns, with cold ones.
 """
 
 import functools
@@ -18,7 +18,7 @@ def problem_of(case, device):
     return case.build(device)
 
 
-def test_case(benchmark, case, phase, name, device):
+def test_case(benchmark, case, phase, name, device, rounds):
     problem = problem_of(case, device)
     if name in problem.absent:
         pytest.skip(problem.absent[name])
@@ -34,4 +34,4 @@ def test_case(benchmark, case, phase, name, device):
 
     benchmark.group = f"{case.name} {phase}"
     benchmark.extra_info["error"] = verdict.ratio
-    benchmark.pedantic(run, setup=lambda: ((turn.setup(),), {}), warmup_rounds=1, rounds=10)
+    benchmark.pedantic(run, setup=lambda: ((turn.setup(),), {}), warmup_rounds=1, rounds=rounds)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shlex
 
+import pytest
 import torch
 
 from echolora_kernels.benchmarks import command
 from echolora_kernels.benchmarks.run import wanted
+
+# flags of how `echolora bench` takes its time and of what it writes, where pytest-benchmark has its own
+NOT_HERE = ("timer", "seconds", "time_limit", "warm", "no_memory", "roofline", "output", "list")
 
 
 def pytest_addoption(parser):
@@ -19,6 +23,10 @@ def pytest_addoption(parser):
 def pytest_generate_tests(metafunc):
     """One test for each implementation of each case in each phase; what is not there is one that is skipped."""
     options = command.parser().parse_args(shlex.split(metafunc.config.getoption("--bench")))
+    for name in NOT_HERE:
+        if getattr(options, name) != command.parser().get_default(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise pytest.UsageError(f"--bench: got {flag}, which is for `echolora bench`, not for pytest-benchmark")
     device = command.device_of(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -32,6 +40,7 @@ def pytest_generate_tests(metafunc):
         ]
         found += [(case, phase, name) for name in names for phase in options.phase]
     metafunc.parametrize("device", [device])
+    metafunc.parametrize("rounds", [options.rounds or 10], ids=[""])
     metafunc.parametrize(
         ("case", "phase", "name"), found, ids=[f"{case.name}-{phase}-{name}" for case, phase, name in found]
     )

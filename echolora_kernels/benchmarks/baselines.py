@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from ..ops.echo_lora_linear import Projection
 from .check import SEED
-from .problem import OTHERS_LIMIT, Implementation
+from .problem import OTHERS_LIMIT, Implementation, why_no
 
 if TYPE_CHECKING:
     from .layers import Layer, Truth
@@ -49,16 +48,14 @@ def why_not(name: str, layer: Layer) -> str | None:
     """Why a peer cannot compute this layer here, or None."""
     family = name.partition("-")[0]
     if family == "peft":
-        if importlib.util.find_spec("peft") is None:
-            return "peft is not installed"
+        if (reason := why_no("peft")) is not None:
+            return reason
         return why_no_compiler(layer.x.device.type) if name == "peft-compiled" else None
     if layer.projections[0].magnitude is not None:
         return "has no DoRA of its own"
     if family == "addmm":
         return None
-    if importlib.util.find_spec("unsloth") is None:
-        return "unsloth is not installed"
-    return "has no dropout of its own" if layer.dropout else None
+    return "has no dropout of its own" if layer.dropout else why_no("unsloth")
 
 
 @functools.cache

@@ -24,11 +24,12 @@ class Verdict:
 
     Args:
         ratio: largest or rms error over plain torch's; None where there was nothing to compare.
-        problem: what is wrong, or None.
+        problem: what is wrong, or None. status: what that makes of it, "wrong" or "not run".
     """
 
     ratio: float | None
     problem: str | None = None
+    status: str = "wrong"
 
 
 def check(draws: Iterable[Implementation]) -> Verdict:

@@ -21,14 +21,24 @@ def milliseconds(stages: Sequence[Stage], rates: Rates, dtype: str) -> float:
 
 
 def layer(
-    rows: int, d_in: int, widths: Sequence[int], rank: int, *, dora: bool, dropout: float, itemsize: int
+    rows: int,
+    d_in: int,
+    widths: Sequence[int],
+    rank: int,
+    *,
+    dora: bool,
+    dropout: float,
+    itemsize: int,
+    weight_size: float | None = None,
 ) -> dict[str, list[Stage]]:
     """phase -> stages of adapted linears that share their x.
 
     Args:
-        rows: M. d_in: K. widths: N of each projection. itemsize: bytes of an element.
+        rows: M. d_in: K. widths: N of each projection.
+        itemsize: bytes of an element; weight_size: of one of W0, where that is quantised.
     """
-    x, y, weights = rows * d_in * itemsize, rows * sum(widths) * itemsize, d_in * sum(widths) * itemsize
+    x, y = rows * d_in * itemsize, rows * sum(widths) * itemsize
+    weights = d_in * sum(widths) * (itemsize if weight_size is None else weight_size)
     products = 2.0 * rows * d_in * sum(widths) * (2 if dora and dropout else 1)
     inner, outer = 2.0 * rows * d_in * rank * len(widths), 2.0 * rows * sum(widths) * rank
     forward = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from .. import losses as operators
 from ..backends import running_on
 from . import floor
 from .cases import DTYPES, Case
-from .problem import OTHERS_LIMIT, Implementation, Problem, Tensors
+from .problem import OTHERS_LIMIT, Implementation, Problem, Tensors, why_no
 
 Compute = Callable[[Sequence[torch.Tensor], torch.Tensor], torch.Tensor]  # states or logits and weight to the loss
 
@@ -120,9 +119,7 @@ def _products(branches: Branches, dtype: torch.dtype) -> Implementation:
 def _why_no_liger(device: torch.device, routed: bool) -> str | None:
     if routed:
         return "has no loss of both branches"
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "liger_kernel is not installed"
-    return None if device.type == "cuda" else "runs on GPUs alone"
+    return why_no("liger_kernel") if device.type == "cuda" else "runs on GPUs alone"
 
 
 def _by_liger(targets: torch.Tensor) -> Compute:

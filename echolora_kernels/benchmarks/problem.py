@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +14,18 @@ from ..verification.trials import LIMIT
 
 Tensors = dict[str, torch.Tensor]
 OTHERS_LIMIT = 3.0  # times plain torch's error that is still rounding, for implementations that are not ours
+
+
+@functools.cache
+def why_no(package: str) -> str | None:
+    """Why a package cannot be used here, or None; some that are installed cannot be imported without a GPU."""
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    try:
+        importlib.import_module(package)
+    except Exception as error:
+        return f"{package} cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
+    return None
 
 
 def nothing() -> None:

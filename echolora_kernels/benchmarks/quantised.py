@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from . import floor
 from .baselines import adapted_by_peft
 from .cases import Case
 from .layers import Layer, Truth, draw
-from .problem import OTHERS_LIMIT, Implementation, Problem
+from .problem import OTHERS_LIMIT, Implementation, Problem, why_no
 
 
 def build(case: Case, device: torch.device) -> Problem:
@@ -25,8 +24,8 @@ def build(case: Case, device: torch.device) -> Problem:
     weight gives.
     """
     for package in ("bitsandbytes", "peft"):
-        if importlib.util.find_spec(package) is None:
-            return Problem(None, {}, {"all": f"{package} is not installed"})
+        if (reason := why_no(package)) is not None:
+            return Problem(None, {}, {"all": reason})
     layer = draw(case, device)
     weight = layer.projections[0].weight
     stored = torch.cat([*dequantised_rows(_quantised(weight))]).to(weight)
@@ -38,6 +37,7 @@ def build(case: Case, device: torch.device) -> Problem:
     assert case.d_in is not None and case.rank is not None
     rows = layer.x.shape[:-1].numel()
     options: dict[str, Any] = {"dora": case.method == "dora", "dropout": 0.0, "itemsize": weight.element_size()}
+    options["weight_size"] = 0.5  # four bits, and its scales are less than a twentieth more
     return Problem("quantised", found, {}, floor.layer(rows, case.d_in, case.widths, case.rank, **options))
 
 

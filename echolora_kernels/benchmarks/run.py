@@ -121,7 +121,7 @@ class Bench:
         right = {name: problem.implementations[name] for name, verdict in verdicts.items() if verdict.problem is None}
         for name, verdict in verdicts.items():
             if verdict.problem is not None:
-                rows.append(self._row(case, "all", name, "wrong", verdict.problem, error=verdict.ratio))
+                rows.append(self._row(case, "all", name, verdict.status, verdict.problem, error=verdict.ratio))
         for phase in self.phases:
             try:
                 rows += self._phase(case, phase, problem, right, verdicts)
@@ -130,8 +130,7 @@ class Bench:
         return rows
 
     def _failed(self, case: Case, phase: str, error: Exception) -> Row:
-        status = "not run" if isinstance(error, torch.OutOfMemoryError) else "wrong"
-        return self._row(case, phase, "all", status, _told(error))
+        return self._row(case, phase, "all", _status(error), _told(error))
 
     def _phase(
         self,
@@ -214,7 +213,7 @@ def judge(case: Case, name: str, implementation: Implementation, device: torch.d
             return verdict
         return check(case.build(device, seed).implementations[name] for seed in range(_DRAWS))
     except Exception as error:  # whatever a broken kernel or a peer that has changed does
-        return Verdict(None, _told(error))
+        return Verdict(None, _told(error), _status(error))
 
 
 def _compared(of: Times, base: Times | None) -> dict[str, Any]:
@@ -229,6 +228,10 @@ def _compared(of: Times, base: Times | None) -> dict[str, Any]:
         "over_base": None if base is None else of.median / base.median,
         "added": None if base is None else of.median - base.median,
     }
+
+
+def _status(error: Exception) -> str:
+    return "not run" if isinstance(error, torch.OutOfMemoryError) else "wrong"
 
 
 def _told(error: Exception) -> str:

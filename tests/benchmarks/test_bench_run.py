@@ -15,7 +15,7 @@ from small_cases import CPU, custom_case, tiny_bench, tiny_cases
 
 from echolora_kernels.benchmarks import command, events, layers, memory, plots, report, timing
 from echolora_kernels.benchmarks.check import check
-from echolora_kernels.benchmarks.problem import Implementation
+from echolora_kernels.benchmarks.problem import Implementation, why_no
 from echolora_kernels.method import model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,7 +167,7 @@ def test_compiled_layers_are_checked_without_dropout():
 
 
 def test_what_cannot_run_says_why_and_the_time_limit_ends_a_run(monkeypatch):
-    monkeypatch.setattr(layers.baselines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(layers.baselines, "why_no", lambda package: f"{package} is not installed")
     rows = tiny_bench(implementations=["peft*", "unsloth"]).run(custom_case(**PLAIN))
     reasons = {row.implementation: row.why for row in rows if row.status == "not run"}
     assert reasons == {
@@ -177,6 +177,23 @@ def test_what_cannot_run_says_why_and_the_time_limit_ends_a_run(monkeypatch):
     }
     (late,) = tiny_bench(stop_at=0.0).run(custom_case(**PLAIN))
     assert (late.status, late.why) == ("not run", "the time limit was reached")
+
+
+def test_a_package_that_cannot_be_imported_is_one_that_is_not_there(monkeypatch, tmp_path):
+    (tmp_path / "of_a_gpu.py").write_text("raise NotImplementedError('wants\\na GPU')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert why_no("of_a_gpu") == "of_a_gpu cannot be imported: NotImplementedError: wants a GPU"
+    assert why_no("nowhere_at_all") == "nowhere_at_all is not installed" and why_no("torch") is None
+
+
+def test_want_of_memory_is_no_wrong_result(monkeypatch):
+    def fail(outputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    _damaged(monkeypatch, "reference", fail)
+    rows = {row.implementation: row for row in tiny_bench().run(custom_case(**PLAIN))}
+    assert (rows["reference"].status, rows["frozen"].status) == ("not run", "ok")
+    assert rows["reference"].why == "OutOfMemoryError: CUDA out of memory"
 
 
 def test_flags_that_cannot_be_honoured_are_refused():
@@ -340,3 +357,20 @@ def test_the_suite_that_make_bench_runs():
     done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "3 passed, 1 skipped" in done.stdout and "custom/layer/24x40x32/lora/r8/p0/plain/fp32 both" in done.stdout
+
+
+def test_a_flag_that_the_suite_does_not_honour_is_refused():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--bench",
+        "--quick --warm",
+    ]
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0 and "--bench: got --warm, which is for `echolora bench`" in done.stdout + done.stderr

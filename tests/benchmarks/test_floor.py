@@ -62,3 +62,13 @@ def test_measured_rates_are_plausible(monkeypatch):
     seconds = min(rates._best(lambda: a @ a, CPU) for _ in range(3))
     least = floor.milliseconds(floor.layer(256, 256, [256], 1, **BF16)["forward"][:1], found, "fp32")
     assert 0.05 < 1e3 * seconds / least < 20
+
+
+def test_a_quantised_weight_is_read_as_it_is_stored():
+    (whole, four_bits) = (
+        floor.layer(64, 256, [512], 16, dora=True, dropout=0.0, itemsize=2, weight_size=size)["forward"]
+        for size in (None, 0.5)
+    )
+    sizes = [{stage.name: stage.size for stage in stages} for stages in (whole, four_bits)]
+    for name in ("base", "norm of W0 + s B A"):
+        assert sizes[0][name] - sizes[1][name] == 1.5 * 256 * 512
