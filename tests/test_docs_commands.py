@@ -77,7 +77,7 @@ def check(command, whole=True):
     """Fail unless the command's program takes these arguments; with `whole`, unless nothing is missing."""
     words = shlex.split(command, comments=True)
     whole = whole and "..." not in words
-    words = [word if re.search(r"\w\[", word) else word.strip("[]") for word in words if word != "..."]
+    words = [word if re.search(r"[\w.]\[", word) else word.strip("[]") for word in words if word != "..."]
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words.pop(0)
     if ">" in words:
