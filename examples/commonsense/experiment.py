@@ -114,20 +114,22 @@ class Task:
     test: list[Question]
 
     def summary(self) -> dict[str, Any]:
-        """How many of each, which, and what share of the test's the most frequent answer would get right."""
-        parts = {"train": self.train, "held_out": self.held_out, "test": self.test}
-        texts = [[(question.prompt, question.target) for question in part] for part in parts.values()]
+        """How many of each, and what share of the test's the most frequent answer would get right."""
         ((_, most),) = Counter(question.target for question in self.test).most_common(1)
-        return {
-            **{name: len(part) for name, part in parts.items()},
-            "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
-            "most_frequent": most / len(self.test),
-        }
+        parts = {"train": self.train, "held_out": self.held_out, "test": self.test}
+        return {**{name: len(part) for name, part in parts.items()}, "most_frequent": most / len(self.test)}
 
 
 def read_tasks(arguments: argparse.Namespace) -> dict[str, Task]:
     names = arguments.tasks or sorted(folder.name for folder in arguments.data.iterdir() if folder.is_dir())
     return {name: read_task(arguments.data / name, arguments) for name in names}
+
+
+def fingerprint(tasks: dict[str, Task]) -> str:
+    """Of all questions, and of what they are for."""
+    parts = {name: (task.train, task.held_out, task.test) for name, task in tasks.items()}
+    texts = {name: [[(q.prompt, q.target) for q in part] for part in own] for name, own in parts.items()}
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def read_task(folder: Path, arguments: argparse.Namespace) -> Task:
@@ -145,7 +147,7 @@ class Experiment:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.tasks = read_tasks(arguments)
-        self.questions = {name: task.summary() for name, task in self.tasks.items()}
+        self.questions = fingerprint(self.tasks)
         self.base, self.tokenizer = load_model(
             arguments.model, dtype=getattr(torch, arguments.dtype), device=arguments.device
         )
@@ -263,8 +265,12 @@ class Plan:
         self.final: list[Run] = []
 
     @functools.cached_property
-    def questions(self) -> dict[str, Any]:
-        return {name: task.summary() for name, task in read_tasks(self.arguments).items()}
+    def tasks(self) -> dict[str, Task]:
+        return read_tasks(self.arguments)
+
+    @functools.cached_property
+    def questions(self) -> str:
+        return fingerprint(self.tasks)
 
     def file(self, run: Run | None) -> Path:
         name = "untrained" if run is None else f"{run.name.replace(' ', '-')}_lr{run.lr:g}_seed{run.seed}"
@@ -363,6 +369,7 @@ def main(words: Sequence[str] | None = None) -> None:
             print(done, file=sys.stderr, flush=True)
     conditions = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
     conditions |= {"model": model_name(arguments.model), "torch": torch.__version__}
+    conditions["questions"] = {name: task.summary() for name, task in plan.tasks.items()}
     untrained, *runs = (plan.read(run) for run in [None, *plan.final])
     print(write_report(arguments.output, conditions, untrained, runs))
 

@@ -153,13 +153,9 @@ def write_report(folder: Path, conditions: dict[str, Any], untrained: dict[str, 
     """results.json and, where there is matplotlib, accuracy.png in `folder`; returns the table."""
     order = {name: index for index, name in enumerate(METHODS)}
     runs = sorted(runs, key=lambda run: (order.get(run["name"], len(order)), run["name"], run["seed"]))
-    told = ("settings", "questions")  # in the conditions, the same for all
+    told = ("settings", "questions")  # the conditions say it
     kept = [{key: value for key, value in run.items() if key not in told} for run in (untrained, *runs)]
-    content = {
-        "conditions": {**conditions, "questions": untrained["questions"]},
-        "untrained": kept[0],
-        "runs": kept[1:],
-    }
+    content = {"conditions": conditions, "untrained": kept[0], "runs": kept[1:]}
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     results = Results(content)
     if importlib.util.find_spec("matplotlib") is None:

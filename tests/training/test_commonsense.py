@@ -84,7 +84,7 @@ def test_an_experiment_runs_goes_on_and_reports(tasks, model_folder, tmp_path, e
     for timed in (before, after):
         del timed["seconds"]
     assert after == before
-    assert after["questions"]["odds"]["test"] == 10 and "| the most frequent answer |" in table
+    assert content["conditions"]["questions"]["odds"]["test"] == 10 and "| the most frequent answer |" in table
     with pytest.raises(SystemExit, match="other settings"):
         run("--max-length", "100")
     for other in (("--held-out-size", "7"), ("--test-size", "9"), ("--tasks", "odds")):
