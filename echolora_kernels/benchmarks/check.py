@@ -15,7 +15,7 @@ SEED = 7  # of the dropout masks of the check, which `expected` replays
 
 _FEW = 64  # the errors of fewer numbers are a matter of luck: they have to be within a few units in the last place
 _UNITS = 4
-_ALONE = 3  # times what all results of a kind may have together, a single one may have in its rms error
+_ALONE = 2  # times what all results of a kind may have together, a single one may have in its rms error
 
 
 @dataclass(frozen=True)
