@@ -105,14 +105,14 @@ def test_a_search_that_grows_leaves_no_run_of_another_learning_rate(tasks, model
 
 
 def test_workers_give_the_results_of_one(tasks, model_folder, tmp_path, example):
-    """An interrupt in the second stage ends every process; what is there and what one process adds are as of one."""
+    """An interrupt in the second stage ends every process (also where tests run in the background, deaf to it); what is there and what one process adds are as of one."""
 
     def started(output, *more):
         return words(tasks, model_folder, output, "--lrs", "1e-3", "--seeds", "2", *more)
 
     shared, alone = tmp_path / "shared", tmp_path / "alone"
     first = subprocess.Popen(
-        [sys.executable, FOLDER / "experiment.py", *started(shared, "--workers", "2", "--seeds", "9")],  # not done soon
+        ["env", "--default-signal=INT", sys.executable, FOLDER / "experiment.py", *started(shared, "--workers", "2", "--seeds", "9")],  # not done soon
         stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     while not list(shared.glob("runs/*seed0.json")):
