@@ -355,8 +355,9 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="processes that share the runs, on one device")
     parser.add_argument("--ablations", action="store_true", help="Echo-LoRA with one part of it taken away, too")
     arguments = parser.parse_args(words)
-    if arguments.workers < 1:
-        parser.error(f"--workers: got {arguments.workers}, wants at least 1")
+    for name, value in vars(arguments).items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: got {value}, wants at least 1")
     return arguments
 
 

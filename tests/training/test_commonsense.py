@@ -112,7 +112,10 @@ def test_workers_give_the_results_of_one(tasks, model_folder, tmp_path, example)
 
     shared, alone = tmp_path / "shared", tmp_path / "alone"
     first = subprocess.Popen(
-        ["env", "--default-signal=INT", sys.executable, FOLDER / "experiment.py", *started(shared, "--workers", "2", "--seeds", "9")],  # not done soon
+        [
+            *("env", "--default-signal=INT", sys.executable, FOLDER / "experiment.py"),
+            *started(shared, "--workers", "2", "--seeds", "9"),  # not done soon
+        ],
         stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     while not list(shared.glob("runs/*seed0.json")):
@@ -148,8 +151,9 @@ def test_a_worker_that_fails_ends_the_experiment(tasks, model_folder, tmp_path, 
     with pytest.raises(DataError, match="threes"), script.workers(2) as pool:
         list(script.Plan(options, pool).done([None]))
     assert not multiprocessing.active_children()
-    with pytest.raises(SystemExit):
-        script.main([*options, "--workers", "0"])
+    for flag in ("--workers", "--test-size"):
+        with pytest.raises(SystemExit):
+            script.main([*options, flag, "0"])
 
 
 def test_intervals_cover_what_they_should(report):
