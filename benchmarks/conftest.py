@@ -22,9 +22,10 @@ def pytest_addoption(parser):
 
 def pytest_generate_tests(metafunc):
     """One test for each implementation of each case in each phase; what is not there is one that is skipped."""
-    options = command.parser().parse_args(shlex.split(metafunc.config.getoption("--bench")))
+    parser = command.parser()
+    options = parser.parse_args(shlex.split(metafunc.config.getoption("--bench")))
     for name in NOT_HERE:
-        if getattr(options, name) != command.parser().get_default(name):
+        if getattr(options, name) != parser.get_default(name):
             flag = f"--{name.replace('_', '-')}"
             raise pytest.UsageError(f"--bench: got {flag}, which is for `echolora bench`, not for pytest-benchmark")
     device = command.device_of(options.device)

@@ -17,6 +17,19 @@ def run(*arguments, cwd=None):
     return subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=200, cwd=cwd)
 
 
+def python_whose_smoke_test(does, folder):
+    """A Python that does this in place of the smoke test, and else what this one does."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *smoke.py*) {does} ;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+def only_smoke(python, folder):
+    """A dry run of the smoke part in 29 seconds."""
+    return run("--dry", "--no-build", "--output", folder, "--python", python, "--part", "smoke", "--minutes", "0.5")
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     ((), ["--output", "folder"]),
     (("--output", "{}", "--part", "smoke,speed"), ["--part", "'speed'", "smoke,tune,layers"]),
@@ -38,11 +51,7 @@ def test_what_it_refuses(tmp_path, arguments, words):
 
 def test_a_failing_part_stops_no_other(tmp_path):
     """A Python whose smoke test fails; tuning goes the whole way."""
-    python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\ncase "$*" in *smoke.py*) echo "FAILED on purpose"; exit 3 ;; esac\nexec {sys.executable} "$@"\n'
-    )
-    python.chmod(0o755)
+    python_whose_smoke_test('echo "FAILED on purpose"; exit 3', tmp_path)
     out = tmp_path / "out"
     options = ("--dry", "--no-build", "--python", "./python", "--part", "smoke,tune,sanitizer")
     done = run(*options, "--output", "out", cwd=tmp_path)
@@ -58,20 +67,14 @@ def test_a_failing_part_stops_no_other(tmp_path):
 
 
 def test_a_part_is_stopped_by_its_box(tmp_path):
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\ncase "$*" in *smoke.py*) exec sleep 100 ;; esac\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    done = run("--dry", "--no-build", "--output", tmp_path, "--python", python, "--part", "smoke", "--minutes", "0.5")
+    done = only_smoke(python_whose_smoke_test("exec sleep 100", tmp_path), tmp_path)
     assert done.returncode == 0 and "stopped after 11 s" in done.stdout, done.stdout + done.stderr
     assert "not finished: smoke\tstopped" in done.stdout
 
 
 def test_a_part_that_is_killed_has_failed(tmp_path):
     """As for want of memory; nobody had stopped it."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\ncase "$*" in *smoke.py*) kill -9 $$ ;; esac\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    done = run("--dry", "--no-build", "--output", tmp_path, "--python", python, "--part", "smoke", "--minutes", "0.5")
+    done = only_smoke(python_whose_smoke_test("kill -9 $$", tmp_path), tmp_path)
     assert done.returncode == 1 and "FAILED (137)" in done.stdout, done.stdout + done.stderr
 
 

@@ -53,12 +53,14 @@ def check(draws: Iterable[Implementation]) -> Verdict:
         plain, exact = implementation.expected()
         for name in exact:
             word = name.partition(" ")[0]
+            errors = Errors()
             try:
-                pooled.setdefault(word, Errors()).add(got[name], plain[name], exact[name])
-                if name != word and exact[name].numel() >= _FEW:
-                    alone.setdefault(name, Errors()).add(got[name], plain[name], exact[name])
+                errors.add(got[name], plain[name], exact[name])
             except ValueError as error:
                 return Verdict(None, f"{name}: {error}")
+            pooled.setdefault(word, Errors()).include(errors)
+            if name != word and exact[name].numel() >= _FEW:
+                alone.setdefault(name, Errors()).include(errors)
             numbers[word] = numbers.get(word, 0) + exact[name].numel()
             near[word] = near.get(word, True) and _near(got[name], exact[name], implementation)
     worst, culprit = 0.0, ""

@@ -24,8 +24,13 @@ def why_no(package: str) -> str | None:
     try:
         importlib.import_module(package)
     except Exception as error:
-        return f"{package} cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
+        return f"{package} cannot be imported: {told(error)}"
     return None
+
+
+def told(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def nothing() -> None:

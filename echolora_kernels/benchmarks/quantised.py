@@ -36,9 +36,11 @@ def build(case: Case, device: torch.device) -> Problem:
     found["ours"] = _adapted(layer, weight, truth, fused=True)
     assert case.d_in is not None and case.rank is not None
     rows = layer.x.shape[:-1].numel()
-    options: dict[str, Any] = {"dora": case.method == "dora", "dropout": 0.0, "itemsize": weight.element_size()}
-    options["weight_size"] = 0.5  # four bits, and its scales are less than a twentieth more
-    return Problem("quantised", found, {}, floor.layer(rows, case.d_in, case.widths, case.rank, **options))
+    stages = floor.layer(
+        rows, case.d_in, case.widths, case.rank, dora=case.method == "dora", dropout=0.0, itemsize=weight.element_size(),
+        weight_size=0.5,  # four bits, and its scales are less than a twentieth more
+    )  # fmt: skip
+    return Problem("quantised", found, {}, stages)
 
 
 def _quantised(weight: torch.Tensor) -> Any:

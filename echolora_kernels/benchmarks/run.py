@@ -16,7 +16,7 @@ from . import floor
 from .cases import Case
 from .check import Verdict, check
 from .memory import launches, peak_megabytes
-from .problem import Implementation, Problem
+from .problem import Implementation, Problem, told
 from .rates import Rates
 from .timing import Timer, Times
 
@@ -130,7 +130,7 @@ class Bench:
         return rows
 
     def _failed(self, case: Case, phase: str, error: Exception) -> Row:
-        return self._row(case, phase, "all", _status(error), _told(error))
+        return self._row(case, phase, "all", _status(error), told(error))
 
     def _phase(
         self,
@@ -213,7 +213,7 @@ def judge(case: Case, name: str, implementation: Implementation, device: torch.d
             return verdict
         return check(case.build(device, seed).implementations[name] for seed in range(_DRAWS))
     except Exception as error:  # whatever a broken kernel or a peer that has changed does
-        return Verdict(None, _told(error), _status(error))
+        return Verdict(None, told(error), _status(error))
 
 
 def _compared(of: Times, base: Times | None) -> dict[str, Any]:
@@ -232,7 +232,3 @@ def _compared(of: Times, base: Times | None) -> dict[str, Any]:
 
 def _status(error: Exception) -> str:
     return "not run" if isinstance(error, torch.OutOfMemoryError) else "wrong"
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

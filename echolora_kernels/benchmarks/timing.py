@@ -125,9 +125,12 @@ class Timer:
     def _round(self, turns: Mapping[str, Turn], timer: str, number: int) -> dict[str, float]:
         order = random.Random(number).sample(list(turns), len(turns))  # nobody always follows the same one
         readings = {name: self._take(turns[name], timer) for name in order}
+        self._wait()
+        return {name: readings[name]() for name in turns}
+
+    def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return {name: readings[name]() for name in turns}
 
     def _take(self, turn: Turn, timer: str) -> Callable[[], float]:
         """Runs it; gives a function that reads the milliseconds, on a GPU once it is done."""
@@ -135,13 +138,11 @@ class Timer:
             return self._backlog.take(turn.setup, turn.action)
         state = turn.setup()
         self._cache.zero_()
-        if self.device.type == "cuda":  # no launch hides behind what the one before has left to do
-            torch.cuda.synchronize(self.device)
+        self._wait()  # no launch hides behind what the one before has left to do
         if timer == "host":
             begun = time.perf_counter()
             turn.action(state)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            self._wait()
             took = 1e3 * (time.perf_counter() - begun)
             return lambda: took
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

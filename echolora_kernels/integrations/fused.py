@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from ..functional import echo_lora_linear
+from ..ops.echo_lora_linear.rows import autocast_dtype
 from .quantised import is_quantised, quantised_fits, quantised_forward, why_not_quantised, why_not_quantised_adapter
 
 MAX_RANK = 256  # of every set of kernels
@@ -163,9 +164,8 @@ def _dtypes_fit(
     lora_b: torch.Tensor,
 ) -> bool:
     """Whether the operator takes these dtypes and PEFT's casts are its own: adapters may be wider than x."""
-    kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    computed = torch.get_autocast_dtype(kind) if autocast else x.dtype
+    autocast = autocast_dtype(x.device.type)
+    computed = autocast or x.dtype
     if autocast:  # which leaves float64 alone
         fits = x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
     else:

@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..functional import echo_lora_linear_group
 from ..ops.echo_lora_linear import Projection
 from ..ops.echo_lora_linear.autograd import traced
+from ..ops.echo_lora_linear.rows import autocast_dtype
 from .fused import FusedForward, operator_arguments
 from .siblings import called_with_one_input
 
@@ -169,11 +170,9 @@ def _tensors(arguments: dict[str, Any]) -> tuple[torch.Tensor | None, ...]:
 
 def _state(x: torch.Tensor, arguments: dict[str, Any]) -> tuple:
     """Equal for two calls only if they compute the same."""
-    kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return (
         torch.is_grad_enabled(),
-        autocast and torch.get_autocast_dtype(kind),
+        autocast_dtype(x.device.type),
         arguments["scaling"],
         arguments["dropout_p"],
         *(

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..functional import lora_update
 from ..ops.dora_norm.reference import dora_norm
+from ..ops.echo_lora_linear.rows import autocast_dtype
 
 # PEFT's layer -> the layers that may be its base
 _BASES = {
@@ -59,10 +60,10 @@ def quantised_fits(module: Any, name: str, x: torch.Tensor) -> bool:
             return False
     if any(type(weight) is not nn.Parameter for weight in weights) or not x.is_floating_point():  # shards
         return False
-    kind, (lora_a, lora_b) = x.device.type, (weight.dtype for weight in weights[:2])
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    computed = torch.get_autocast_dtype(kind) if autocast else x.dtype
-    cast = autocast or module.cast_input_dtype_enabled or lora_a == x.dtype
+    lora_a, lora_b = (weight.dtype for weight in weights[:2])
+    autocast = autocast_dtype(x.device.type)
+    computed = autocast or x.dtype
+    cast = autocast is not None or module.cast_input_dtype_enabled or lora_a == x.dtype
     return cast and lora_a == lora_b and torch.promote_types(computed, lora_a) == lora_a
 
 

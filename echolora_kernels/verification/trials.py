@@ -77,6 +77,12 @@ class Errors:
             self._largest[index] += _at_least(error.abs().max().item(), least)
             self._squares[index] += _at_least(error.square().mean().item(), (least / 4) ** 2)
 
+    def include(self, other: Errors) -> None:
+        """The draws of another result, as if they had been this one's."""
+        for mine, theirs in ((self._largest, other._largest), (self._squares, other._squares)):
+            for index, value in enumerate(theirs):
+                mine[index] += value
+
     def ratios(self) -> tuple[float, float]:
         """Largest and rms error, as multiples of plain torch's; NaN where either is."""
         return self._largest[0] / self._largest[1], math.sqrt(self._squares[0] / self._squares[1])

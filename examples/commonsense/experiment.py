@@ -262,7 +262,8 @@ class Plan:
         self.words, self.pool, self.arguments = tuple(words), pool, parsed(words)
         self.folder = self.arguments.output / "runs"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.final: list[Run] = []
+        self.untrained: dict[str, Any] = {}
+        self.final: list[dict[str, Any]] = []  # results
 
     @functools.cached_property
     def tasks(self) -> dict[str, Task]:
@@ -312,6 +313,7 @@ class Plan:
         losses: dict[str, dict[float, float]] = {name: {} for name in METHODS}
         for run, result in self.done([None, *searched]):
             if run is None:
+                self.untrained = result
                 yield "the untrained model"
                 continue
             losses[run.name][run.lr] = loss = statistics.fmean(result["loss"].values())
@@ -322,12 +324,13 @@ class Plan:
             end = len(self.arguments.lrs) > 1 and lr in (min(self.arguments.lrs), max(self.arguments.lrs))
             yield f"{name}: learning rate {lr:g}" + (", at an end of --lrs: one beyond may be better" if end else "")
         variants = {**METHODS, **(ABLATIONS if self.arguments.ablations else {})}
-        self.final = [
+        final = [
             Run(name, variant, lrs.get(name, lrs["Echo-LoRA"]), seed)
             for seed in range(self.arguments.seeds)
             for name, variant in variants.items()
         ]
-        for run, result in self.done(self.final):
+        for run, result in self.done(final):
+            self.final.append(result)
             means = [bits.count("1") / len(bits) for bits in result["right"].values()]
             share, seconds = 100 * statistics.fmean(means), result["seconds"]["all"]
             yield f"{run.name}, seed {run.seed}: {share:.1f}% in {seconds:.0f} s"
@@ -371,8 +374,7 @@ def main(words: Sequence[str] | None = None) -> None:
     conditions = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
     conditions |= {"model": model_name(arguments.model), "torch": torch.__version__}
     conditions["questions"] = {name: task.summary() for name, task in plan.tasks.items()}
-    untrained, *runs = (plan.read(run) for run in [None, *plan.final])
-    print(write_report(arguments.output, conditions, untrained, runs))
+    print(write_report(arguments.output, conditions, plan.untrained, plan.final))
 
 
 if __name__ == "__main__":

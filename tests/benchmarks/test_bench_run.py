@@ -350,27 +350,21 @@ def test_what_cannot_be_captured_is_timed_with_events(monkeypatch):
         timer.compare({"a": made}, "both", rounds=2)
 
 
-def test_the_suite_that_make_bench_runs():
-    flags = "--shape 24x40x32 --method lora dora --rank 8 --dropout 0 --echo off --dtype fp32 --implementations addmm"
+def make_bench(flags):
+    """What `make bench` runs, with these BENCH_FLAGS."""
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "--bench", flags]
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=200)
+
+
+def test_the_suite_that_make_bench_runs():
+    done = make_bench(
+        "--shape 24x40x32 --method lora dora --rank 8 --dropout 0 --echo off --dtype fp32 --implementations addmm"
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "3 passed, 1 skipped" in done.stdout and "custom/layer/24x40x32/lora/r8/p0/plain/fp32 both" in done.stdout
 
 
 def test_a_flag_that_the_suite_does_not_honour_is_refused():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "benchmarks",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--bench",
-        "--quick --warm",
-    ]
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=200)
+    done = make_bench("--quick --warm")
     assert done.returncode != 0 and "--bench: got --warm, which is for `echolora bench`" in done.stdout + done.stderr

@@ -55,10 +55,15 @@ def without_autocast(like: torch.Tensor) -> AbstractContextManager[None]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What autocast computes in on that kind of device, where it is on."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def autocast_narrows(tensor: torch.Tensor) -> bool:
     """Whether autocast is on for it; float64 is left alone."""
-    kind = tensor.device.type
-    return tensor.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return tensor.dtype != torch.float64 and autocast_dtype(tensor.device.type) is not None
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
